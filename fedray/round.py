@@ -1,0 +1,272 @@
+"""The nouns of a federated round and the protocol that methods implement. No paper's name occurs here.
+
+A method is a list of policies, inner to outer: `[pruner, strategy, *corrections]`.
+
+              server                         |wire|                   client
+    pruner · strategy · correction            ==>     correction · strategy · pruner · TRAINER
+    send   --- inner to outer --->                    begin  ---- outer to inner --->
+    settle <-- outer to inner ----                    end    <--- inner to outer ----
+
+Every hook defaults to the identity and threads its own memory: nothing is stored on `self`, inputs are never
+written to, and a hook called twice with the same arguments gives the same answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+from fedray.errors import ConfigError
+from fedray.keys import Key
+from fedray.sums import Sums
+from fedray.tree import Layout, Mask, Tree, restrict
+
+ClientId = int
+Evidence = Literal["grad", "grad_sum"]
+"""What a job or a probe can report beside the fit, dense (no mask applied), shape of the parameters:
+`grad` the gradient of one batch, `grad_sum` the sum of the batch gradients over the steps of a job."""
+
+M = TypeVar("M")
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One quantity in a message.
+
+    value:   float32, zero outside `support`.
+    weight:  this client's vote in the sum: its number of examples, or 1.0. Greater than 0.
+    support: the coordinates that are sent and vouched for; None means all. May differ from what is alive.
+    """
+
+    value: Tree
+    weight: float = 1.0
+    support: Mask | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartSpec:
+    """What a codec and a guard need to know of a part: its layout, and which way it travels."""
+
+    layout: Layout
+    direction: Literal["down", "up", "both"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """What crosses the wire, in either direction.
+
+    parts: by name, in wire order.
+    mask:  what the sender says is alive; None means everything.
+    """
+
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    mask: Mask | None = None
+
+    def put(self, name: str, part: Part) -> Message:
+        """This message with one part more (or another one under that name)."""
+        return replace(self, parts={**self.parts, name: part})
+
+    def __getitem__(self, name: str) -> Tree:
+        return self.parts[name].value
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """The local optimiser. Weight decay is added to the gradient for sgd and adam, decoupled for adamw.
+
+    clip_norm: upper bound of the Euclidean norm of a batch gradient; None for no clipping.
+    """
+
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip_norm: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Local training as data, so that it can run eagerly, traced or on another machine.
+
+    params, buffers: where to start.
+    mask:      parameters and moments stay zero outside it, after every step; None means dense.
+    num_steps: optimiser steps; the batches go through a fresh permutation of the data each epoch.
+    drift:     added to every gradient; a policy adds to what is there.
+    prox:      coefficient of the pull `prox * (w - w_received)` in the gradient; a policy adds to what is there.
+    wants:     evidence to gather on the way; only "grad_sum" is gathered by a job.
+    """
+
+    params: Tree
+    buffers: Tree
+    mask: Mask | None
+    num_steps: int
+    batch_size: int
+    lr: float
+    optim: Optim
+    drift: Tree | None = None
+    prox: float = 0.0
+    wants: frozenset[Evidence] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What came of a job.
+
+    received: the message as this client decoded it: the reference for differences.
+    loss:     mean training loss over the examples seen; NaN after zero steps.
+    """
+
+    received: Message
+    params: Tree
+    buffers: Tree
+    mask: Mask | None
+    num_examples: int
+    num_steps: int
+    lr: float
+    loss: float
+    evidence: Mapping[Evidence, Tree] = field(default_factory=dict)
+
+    def cut(self, mask: Mask) -> Fit:
+        """This fit under another mask, with zeros outside it."""
+        return replace(self, params=restrict(self.params, mask), mask=mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """What strategy and pruner own between rounds. Law: `params` are zero outside `mask`."""
+
+    params: Tree
+    buffers: Tree
+    mask: Mask | None = None
+
+    def cut(self, mask: Mask) -> Server:
+        """This server under another mask, with zeros outside it."""
+        return replace(self, params=restrict(self.params, mask), mask=mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientInfo:
+    """Facts about one client. label_counts: examples by class, shape (num_classes,)."""
+
+    id: ClientId
+    num_examples: int
+    label_counts: tuple[int, ...] = ()
+
+
+class Probe(Protocol):
+    """Look at the client's training data without training; pure, at any point, in `begin` and in `end`."""
+
+    def __call__(
+        self, params: Tree, buffers: Tree, mask: Mask | None, *, wants: frozenset[Evidence], batch_size: int | None
+    ) -> tuple[Mapping[str, float], Mapping[Evidence, Tree]]:
+        """Loss and accuracy, and the dense gradient with respect to the effective weight.
+
+        mask:       the point is `params` restricted to it; the gradient is not.
+        batch_size: one keyed batch of that many examples; None for all of the client's training data.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """Read-only facts of the moment.
+
+    round:    1 for the first; 0 while the run is set up.
+    key:      randomness of this round, and on a client of this client in this round.
+    cohort:   the clients of this round, sorted; empty while the run is set up.
+    origin:   the initial parameters; both sides derive them from the seed.
+    prunable: names of the tensors that a pruner may cut, in layout order.
+    lr:       the clients' learning rate in this round.
+    client:   whose turn it is; None on the server.
+    known:    the mask last exchanged with this client; None on the server.
+    probe:    None on the server.
+    """
+
+    round: int
+    key: Key
+    num_clients: int
+    cohort: tuple[ClientId, ...]
+    origin: Tree
+    prunable: tuple[str, ...]
+    lr: float
+    client: ClientInfo | None = None
+    known: Mask | None = None
+    probe: Probe | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What `check` may look at before data loads."""
+
+    rounds: int
+    num_clients: int
+    cohort: int
+    optim: Optim
+    epochs: float | None
+    steps: int | None
+    policies: tuple[tuple[str, Policy[Any, Any]], ...]
+
+
+class Policy(Generic[M, C]):
+    """One concern of a federated round. M is its memory on the server, C its memory at each client.
+
+    Concrete policies are frozen, final, keyword-only dataclasses whose fields are hyper-parameters; they refuse
+    bad values in `__post_init__` with `refuse`. A memory is None, a number, a Tree, a Mask, or a tuple or dict of
+    such; C must be picklable, and equal memories mean that nothing changed.
+    """
+
+    def check(self, run: RunFacts) -> None:
+        """Refuse bad company, by ConfigError, before data loads."""
+
+    def parts(self, params: Layout, buffers: Layout) -> Mapping[str, PartSpec]:
+        """The parts that this policy puts into messages."""
+        return {}
+
+    def init_server(self, server: Server, ctx: Context) -> tuple[Server, M]:
+        """Set up the server's state and memory before the first round, inner to outer."""
+        return server, None  # type: ignore[return-value]
+
+    def init_client(self, ctx: Context) -> C:
+        """A client's memory before its first round."""
+        return None  # type: ignore[return-value]
+
+    def send(self, server: Server, message: Message, memory: M, ctx: Context) -> Message:
+        """Fill the message for a client, inner to outer. Runs where the client lives."""
+        return message
+
+    def begin(self, message: Message, job: Job, memory: C, ctx: Context) -> tuple[Message, Job, C]:
+        """Shape the client's job from the decoded message, outer to inner."""
+        return message, job, memory
+
+    def end(self, fit: Fit, message: Message, memory: C, ctx: Context) -> tuple[Fit, Message, C]:
+        """Fill the client's answer from its fit, inner to outer."""
+        return fit, message, memory
+
+    def settle(self, server: Server, sums: Sums, memory: M, ctx: Context) -> tuple[Server, Sums, M]:
+        """Take what the cohort sent into the server's state, outer to inner."""
+        return server, sums, memory
+
+
+class FieldError(ConfigError):
+    """A field has a value that it must not have. `under` puts the name of the group before the field's."""
+
+    def __init__(self, field_name: str, value: object, rule: str) -> None:
+        super().__init__(f"{field_name} is {value!r}; {rule}")
+        self.parts = (field_name, value, rule)
+
+    def under(self, group: str) -> ConfigError:
+        name, value, rule = self.parts
+        return ConfigError(f"{group}.{name} is {value!r}; {rule}")
+
+
+def refuse(bad: bool, field_name: str, value: object, rule: str) -> None:
+    """Raise FieldError("<field> is <value>; <rule>") if `bad`. The rule says what holds and how to get it."""
+    if bad:
+        raise FieldError(field_name, value, rule)

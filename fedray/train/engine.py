@@ -1,0 +1,322 @@
+"""Turns jobs into fits, in one process, for one module.
+
+The parameters of the module are views into one flat buffer and so are the gradients. A step is the gradient (by
+autograd, or recorded once and replayed, see `traced`) and a few in-place operations on flat buffers. Batches are
+slices of a permuted resident tensor; the last batch of an epoch may be smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedray.errors import ConfigError
+from fedray.keys import Key
+from fedray.models.task import Task, buffers_of, float_buffers, layouts
+from fedray.round import Evidence, Fit, Job, Message
+from fedray.train.buffers import Arrangement
+from fedray.train.traced import NotTraceable, TracedStep
+from fedray.tree import Mask, Tree, restrict
+
+EngineKind = Literal["auto", "eager", "traced"]
+PROBE_CHUNK = 1000  # samples; bounds the memory of a probe over all of a client's data
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rows of a resident array, normalised when they are read.
+
+    x: (n, *shape), uint8 or float32, of the whole data set; y: int64 (n,); index: the rows that are meant, (m,).
+    The model's input is (x * scale - mean) / std, with mean and std per channel.
+    """
+
+    x: Tensor
+    y: Tensor
+    index: Tensor
+    mean: Tensor
+    std: Tensor
+    scale: float
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def take(self, positions: Tensor | slice, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Input float32 and target of the samples at these positions of the index."""
+        rows = self.index[positions]
+        x = self.x[rows].to(device, torch.float32)
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        x = x.mul_(self.scale).sub_(self.mean.to(device).view(shape)).div_(self.std.to(device).view(shape))
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x, self.y[rows].to(device)
+
+
+class Engine:
+    """Trains and evaluates one module. Holds buffers for speed and no state: every call begins by loading.
+
+    kind: "traced" replays a recorded step, "eager" uses autograd; "auto" takes traced where the model allows it.
+    `self.kind` and `self.reason` tell what "auto" came to, a function of the model alone.
+    """
+
+    def __init__(self, task: Task, *, key: Key, sample_shape: tuple[int, ...], device: str, kind: EngineKind) -> None:
+        self.task = task
+        self.device = torch.device(device)
+        self.module = task.module(key)
+        self.origin_buffers = buffers_of(self.module)
+        self.module.to(self.device)
+        self.params_layout, self.buffers_layout = layouts(self.module)
+        self.arrangement = Arrangement(self.params_layout, self.device)
+        self.weights = self.arrangement.empty()
+        self.arrangement.load(self.weights, Tree.of(dict(self.module.named_parameters())).flat)
+        self.grads = self.arrangement.empty()
+        self.weight_views = self.arrangement.views(self.weights)
+        self.grad_views = self.arrangement.views(self.grads)
+        for parameter, view, grad in zip(self.module.parameters(), self.weight_views, self.grad_views, strict=True):
+            parameter.data = view
+            parameter.grad = grad
+        self._buffers = float_buffers(self.module)
+        self._masks: dict[bytes, Tensor] = {}
+        self._step: TracedStep | None = None
+        self.kind, self.reason = self._resolve(kind, sample_shape)
+
+    def origin(self) -> tuple[Tree, Tree]:
+        """The initial parameters and buffers, as they came from the key (only before the first job)."""
+        return Tree(self.params_layout, self.arrangement.logical(self.weights)), self.origin_buffers
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def fit(self, job: Job, received: Message, samples: Samples, key: Key) -> Fit:
+        """Run a job on a client's samples. key: of this client in this round."""
+        self._load(job.params, job.buffers, job.mask)
+        self.module.train()
+        update = _Update(self, job)
+        loss_sum = torch.zeros((), device=self.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key.fold("dropout").seed)
+            seen = 0
+            for x, y in _batches(samples, job.num_steps, job.batch_size, key, self.device):
+                loss_sum.add_(update.step(x, y), alpha=len(y))
+                seen += len(y)
+        evidence: dict[Evidence, Tree] = {}
+        if update.grad_sum is not None:
+            evidence["grad_sum"] = Tree(self.params_layout, self.arrangement.logical(update.grad_sum))
+        params = restrict(Tree(self.params_layout, self.arrangement.logical(self.weights)), job.mask)
+        return Fit(
+            received=received,
+            params=params,
+            buffers=self._read_buffers(),
+            mask=job.mask,
+            num_examples=len(samples),
+            num_steps=job.num_steps,
+            lr=job.lr,
+            loss=float(loss_sum) / seen if seen else float("nan"),
+            evidence=evidence,
+        )
+
+    def probe(
+        self,
+        params: Tree,
+        buffers: Tree,
+        mask: Mask | None,
+        samples: Samples,
+        key: Key,
+        *,
+        wants: frozenset[Evidence],
+        batch_size: int | None,
+    ) -> tuple[Mapping[str, float], Mapping[Evidence, Tree]]:
+        """Mean loss and, where wanted, the dense gradient at `params` restricted to `mask`; see round.Probe."""
+        self._load(params, buffers, mask)
+        self.module.train()
+        count = len(samples) if batch_size is None else min(batch_size, len(samples))
+        order = key.fold("probe").permutation(len(samples))[:count]
+        total, loss = self.arrangement.empty(), 0.0
+        for start in range(0, count, PROBE_CHUNK):
+            x, y = samples.take(order[start : start + PROBE_CHUNK], self.device)
+            loss += float(self.gradient(x, y)) * len(y) / count
+            total.add_(self.grads, alpha=len(y) / count)
+        evidence: dict[Evidence, Tree] = {}
+        if "grad" in wants:
+            evidence["grad"] = Tree(self.params_layout, self.arrangement.logical(total))
+        return {"loss": loss}, evidence
+
+    def gradient(self, x: Tensor, y: Tensor) -> Tensor:
+        """Fill `self.grads` with the batch gradient at `self.weights`; returns the mean loss."""
+        if self._step is not None:
+            with torch.inference_mode():
+                loss, *grads = self._step.gradients(self.weight_views, x, y)
+                torch._foreach_copy_(self.grad_views, grads)
+            return loss
+        return self._autograd(x, y)
+
+    def _autograd(self, x: Tensor, y: Tensor) -> Tensor:
+        self.grads.zero_()
+        loss = self.task.loss(self.module(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def evaluate(self, params: Tree, buffers: Tree, samples: Samples) -> dict[str, Tensor]:
+        """Every metric of the task per sample, float32 (m,), in one forward pass over these samples."""
+        self._load(params, buffers, None)
+        self.module.eval()
+        with torch.inference_mode():
+            x, y = samples.take(slice(None), self.device)
+            return {name: value.cpu() for name, value in self.task.score(self.module(x), y).items()}
+
+    # -- loading -------------------------------------------------------------------------------------------------
+
+    def _load(self, params: Tree, buffers: Tree, mask: Mask | None) -> None:
+        self.arrangement.load(self.weights, params.flat)
+        if mask is not None:
+            self.weights.mul_(self.mask(mask))
+        for name, buffer in self._buffers.items():
+            buffer.copy_(buffers[name])
+
+    def mask(self, mask: Mask) -> Tensor:
+        """The mask as 0.0 and 1.0 in working order; kept for the last few masks, since a round shares one."""
+        found = self._masks.get(mask.digest)
+        if found is None:
+            if len(self._masks) >= 4:
+                self._masks.clear()
+            found = self._masks[mask.digest] = self.arrangement.arranged(mask.flat.float())
+        return found
+
+    def _read_buffers(self) -> Tree:
+        if not self._buffers:
+            return self.origin_buffers
+        flat = torch.cat([buffer.reshape(-1) for buffer in self._buffers.values()])
+        return Tree(self.buffers_layout, flat.cpu().clone())
+
+    def _resolve(self, kind: EngineKind, sample_shape: tuple[int, ...]) -> tuple[str, str]:
+        if kind == "eager":
+            return "eager", "asked for"
+        x = torch.randn(4, *sample_shape, generator=Key.of(0).torch()).to(self.device)
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        try:
+            with torch.inference_mode(False):
+                num_outputs = self._num_outputs(x)
+                y = torch.arange(4, device=self.device) % num_outputs
+                step = TracedStep(self.module, self.task.loss, x, y)
+            self._refuse_unfaithful(step, x, y)
+        except NotTraceable as why:
+            if kind == "traced":
+                raise ConfigError(
+                    f"trainer.engine is 'traced'; this model's step cannot be recorded ({why}). Use trainer.engine=auto"
+                ) from why
+            return "eager", str(why)
+        self._step = step
+        return "traced", "the model's step could be recorded"
+
+    def _num_outputs(self, x: Tensor) -> int:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            training = self.module.training
+            outputs = self.module.eval()(x)
+            self.module.train(training)
+        return int(outputs.shape[-1])
+
+    def _refuse_unfaithful(self, step: TracedStep, x: Tensor, y: Tensor) -> None:
+        """Compare the recording with autograd at several batch sizes; a recording may have frozen a decision."""
+        self.module.train()
+        for size in (4, 3, 1):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(1)
+                self._autograd(x[:size], y[:size])
+                torch.manual_seed(1)
+                with torch.inference_mode():
+                    _, *grads = step.gradients(self.weight_views, x[:size], y[:size])
+            for name, ours, theirs in zip(self.params_layout.names, grads, self.grad_views, strict=True):
+                scale = float(theirs.abs().max()) if theirs.numel() else 0.0
+                if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * scale + 1e-8):
+                    raise NotTraceable(f"the recorded gradient of {name} differs from autograd's at batch size {size}")
+
+
+class _Update:
+    """The optimiser's side of a job: what happens to a gradient until it moves the weights."""
+
+    def __init__(self, engine: Engine, job: Job) -> None:
+        self.engine = engine
+        self.job = job
+        self.mask = None if job.mask is None else engine.mask(job.mask)
+        self.drift = None if job.drift is None else engine.arrangement.arranged(job.drift.flat)
+        self.anchor = engine.weights.clone() if job.prox else None
+        self.grad_sum = torch.zeros_like(engine.grads) if "grad_sum" in job.wants else None
+        adam = job.optim.name in ("adam", "adamw")
+        self.first = torch.zeros_like(engine.grads) if adam or job.optim.momentum else None
+        self.second = torch.zeros_like(engine.grads) if adam else None
+        self.step_count = 0
+        optim = job.optim
+        # Plain SGD can fold the gradient's product into the update; then the mask is applied to the weights after.
+        self.plain = engine._step is not None and not (
+            adam or optim.momentum or optim.weight_decay or optim.clip_norm or job.prox or self.drift is not None
+        ) and self.grad_sum is None and job.lr != 0
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        """One optimiser step on a batch; returns its mean loss before the step."""
+        engine, job = self.engine, self.job
+        if self.plain and engine._step is not None:
+            with torch.inference_mode():
+                loss = engine._step.update(engine.weight_views, x, y, job.lr)
+                if self.mask is not None:
+                    engine.weights.mul_(self.mask)
+            return loss
+        loss = engine.gradient(x, y)
+        with torch.no_grad():
+            self._apply(engine.weights, engine.grads)
+        return loss
+
+    def _apply(self, weights: Tensor, grad: Tensor) -> None:
+        job, optim = self.job, self.job.optim
+        if self.grad_sum is not None:
+            self.grad_sum.add_(grad)
+        if job.lr == 0:
+            return
+        if self.anchor is not None:
+            grad.add_(weights, alpha=job.prox).sub_(self.anchor, alpha=job.prox)
+        if self.drift is not None:
+            grad.add_(self.drift)
+        if self.mask is not None:
+            # Before the moments, so that they too stay zero outside the mask.
+            grad.mul_(self.mask)
+        if optim.clip_norm is not None:
+            length = torch.linalg.vector_norm(grad)
+            grad.mul_(torch.clamp(optim.clip_norm / (length + 1e-6), max=1.0))
+        if optim.name == "adamw":
+            weights.mul_(1 - job.lr * optim.weight_decay)
+        elif optim.weight_decay:
+            grad.add_(weights, alpha=optim.weight_decay)
+        if self.second is not None and self.first is not None:
+            self._adam(weights, grad, self.first, self.second)
+            return
+        if self.first is not None:
+            # The first gradient starts the momentum buffer, as in torch.optim.SGD.
+            self.first.mul_(optim.momentum).add_(grad)
+            grad = grad.add_(self.first, alpha=optim.momentum) if optim.nesterov else self.first
+        weights.add_(grad, alpha=-job.lr)
+
+    def _adam(self, weights: Tensor, grad: Tensor, first: Tensor, second: Tensor) -> None:
+        """Kingma & Ba 2015, algorithm 1, in the form of torch.optim.Adam."""
+        beta1, beta2 = self.job.optim.betas
+        self.step_count += 1
+        first.lerp_(grad, 1 - beta1)
+        second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        denominator = second.sqrt().div_((1 - beta2**self.step_count) ** 0.5).add_(self.job.optim.eps)
+        weights.addcdiv_(first, denominator, value=-self.job.lr / (1 - beta1**self.step_count))
+
+
+def _batches(samples: Samples, num_steps: int, batch_size: int, key: Key, device: torch.device):  # type: ignore[no-untyped-def]
+    """num_steps batches; each epoch goes once through a permutation of its own."""
+    done, epoch = 0, 0
+    while done < num_steps:
+        order = key.fold("batches", epoch).permutation(len(samples))
+        needed = min(len(samples), (num_steps - done) * batch_size)
+        x, y = samples.take(order[:needed], device)
+        for start in range(0, needed, batch_size):
+            yield x[start : start + batch_size], y[start : start + batch_size]
+            done += 1
+        epoch += 1
