@@ -11,7 +11,7 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+import torch as pytorch
 
 Name = str | int
 
@@ -30,7 +30,8 @@ class Key:
         """The key of a longer path. Ints and strings are told apart, and "ab", "c" from "a", "bc"."""
         state = hashlib.blake2b(self.digest, digest_size=16)
         for name in names:
-            data = f"{type(name).__name__}:{name}".encode()
+            # NumPy's integers are the same names as Python's.
+            data = f"str:{name}".encode() if isinstance(name, str) else f"int:{int(name)}".encode()
             state.update(len(data).to_bytes(4, "little") + data)
         return Key(state.digest())
 
@@ -43,10 +44,10 @@ class Key:
         """A fresh counter-based NumPy generator at the start of this key's stream."""
         return np.random.Generator(np.random.Philox(key=int.from_bytes(self.digest, "little")))
 
-    def torch(self, device: str = "cpu") -> torch.Generator:
+    def torch(self, device: str = "cpu") -> pytorch.Generator:
         """A fresh torch generator seeded by this key."""
-        return torch.Generator(device=device).manual_seed(self.seed)
+        return pytorch.Generator(device=device).manual_seed(self.seed)
 
-    def permutation(self, n: int) -> torch.Tensor:
+    def permutation(self, n: int) -> pytorch.Tensor:
         """A permutation of range(n), int64, shape (n,)."""
-        return torch.from_numpy(self.numpy().permutation(n))
+        return pytorch.from_numpy(self.numpy().permutation(n))

@@ -166,7 +166,7 @@ class Probe(Protocol):
     def __call__(
         self, params: Tree, buffers: Tree, mask: Mask | None, *, wants: frozenset[Evidence], batch_size: int | None
     ) -> tuple[Mapping[str, float], Mapping[Evidence, Tree]]:
-        """Loss and accuracy, and the dense gradient with respect to the effective weight.
+        """{"loss": mean loss} and the wanted evidence; the gradient is that of the effective weight.
 
         mask:       the point is `params` restricted to it; the gradient is not.
         batch_size: one keyed batch of that many examples; None for all of the client's training data.

@@ -1,0 +1,206 @@
+"""The command line: `fedray +experiment=...` composes and runs, `fedray export ...` and its like read runs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedray.errors import ConfigError, FedrayError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from fedray.launch import Run
+
+EXIT_CONFIG = 2
+EXIT_RUN = 1
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1 for a run that failed, 2 for a configuration that is wrong."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments and arguments[0] in COMMANDS:
+            COMMANDS[arguments[0]](arguments[1:])
+        else:
+            _hydra(arguments)
+    except ConfigError as error:
+        return _say(error, EXIT_CONFIG)
+    except KeyboardInterrupt:
+        return _say("interrupted", EXIT_INTERRUPTED)
+    except FedrayError as error:
+        from fedray.launch import Interrupted
+
+        return _say(error, EXIT_INTERRUPTED if isinstance(error, Interrupted) else EXIT_RUN)
+    return 0
+
+
+def run(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None, folder: str | Path | None = None) -> Run:
+    """Run from Python, as `python -m fedray OVERRIDES` would: `fedray.run(["+experiment=quickstart", "seed=1"])`.
+
+    config_dir: a folder of the user's own yaml and code. folder: the run directory; outputs/<name>/<time> without.
+    Raises ConfigError and RunError.
+    """
+    from hydra import compose, initialize_config_dir
+
+    from fedray.config import assemble, conf_folder, register
+    from fedray.launch import execute
+
+    register()
+    added = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir is not None else []
+    _make_importable(config_dir)
+    try:
+        with initialize_config_dir(conf_folder(), version_base="1.3"):
+            cfg = compose("config", overrides=[*overrides, *added])
+    except Exception as error:
+        raise _composition_error(error, overrides) from error
+    assembly = assemble(cfg, code_folder=None if config_dir is None else str(config_dir))
+    if folder is None:
+        folder = Path("outputs") / assembly.spec.name / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
+    return execute(assembly, Path(folder))
+
+
+def _hydra(arguments: list[str]) -> None:
+    """Let Hydra compose and call `_job`, once or for every cell of a sweep."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from fedray.config import conf_folder, register
+
+    register()
+    # Hydra prints a traceback and exits with 1 unless it is told to let errors through.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    program = sys.argv[0]
+    sys.argv = [program, *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=conf_folder(), config_name="config")(_job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _composition_error(error, arguments) from error
+    except SystemExit as stop:
+        if stop.code not in (0, None):
+            raise ConfigError(f"Hydra stopped with exit code {stop.code}") from stop
+
+
+def _job(cfg: DictConfig) -> None:
+    """One run of Hydra's: a single one, or a cell of a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from fedray.config import assemble
+    from fedray.launch import execute
+
+    info = HydraConfig.get()
+    folder = Path(info.runtime.output_dir)
+    sources = [source.path for source in info.runtime.config_sources if source.provider == "command-line"]
+    code_folder = sources[0] if sources else None
+    _make_importable(code_folder)
+    try:
+        execute(assemble(cfg, code_folder=code_folder), folder)
+    except ConfigError:
+        # Nothing started: leave no folder behind that looks like a run.
+        with contextlib.suppress(OSError):
+            for child in sorted(folder.rglob("*"), reverse=True):
+                if "hydra" in child.relative_to(folder).parts:
+                    child.rmdir() if child.is_dir() else child.unlink()
+            folder.rmdir()
+        raise
+
+
+def _make_importable(folder: str | Path | None) -> None:
+    if folder is not None and str(Path(folder).resolve()) not in sys.path:
+        sys.path.insert(0, str(Path(folder).resolve()))
+
+
+def _composition_error(error: BaseException, overrides: Sequence[str]) -> ConfigError:
+    """Hydra's and OmegaConf's errors as one sentence that names the key, the value, the rule and the remedy."""
+    chain: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and at not in chain:
+        chain.append(at)
+        at = at.__cause__ or at.__context__
+    text = "\n".join(str(e) for e in chain)
+    missing = re.search(r"Could not find '([^']+)'\n\s*Available options in '([^']*)':\n((?:\s+\S+\n?)*)", text)
+    if missing:
+        option, group, listed = missing.groups()
+        choices = ", ".join(listed.split())
+        return ConfigError(f"{group}={option.removeprefix(group + '/')} does not exist; choose one of {choices}")
+    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' not in '[^']+'", text)
+    typed = re.search(r"Error merging override ([^\n]+)\n(?:.*\n)*?.*?Value '([^']*)' of type '\w+' could not be converted to (\w+)", text)
+    if typed:
+        override, value, kind = typed.groups()
+        nouns = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}
+        return ConfigError(f"{override.split('=')[0].lstrip('+')} is {value!r}; it must be {nouns.get(kind, kind)}")
+    if unknown:
+        return ConfigError(_unknown_key(unknown.group(1), text, overrides))
+    no_group = re.search(r"Could not override '([^']+)'\. No match in the defaults list", text)
+    if no_group:
+        return ConfigError(f"{no_group.group(1)} is not a group; see python -m fedray --help")
+    lines = [line.strip() for line in str(chain[0]).splitlines() if line.strip()]
+    return ConfigError(" ".join(lines)[:500] or type(error).__name__)
+
+
+def _unknown_key(key: str, text: str, overrides: Sequence[str]) -> str:
+    """`pruner.sparsty is not a setting; did you mean pruner.sparsity?` — the names come from the rest of the command."""
+    import difflib
+
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from fedray.config import conf_folder
+
+    if "No match in the defaults list" in text:
+        return f"{key} is not a group; python -m fedray --help lists the groups"
+    kept = [o for o in overrides if "=" in o and not o.lstrip("+~").startswith(key) and not o.startswith(("-", "hydra"))]
+    kept = [o for o in kept if "," not in o.split("=", 1)[1] or "[" in o]
+    names: list[str] = []
+    with contextlib.suppress(Exception), initialize_config_dir(conf_folder(), version_base="1.3"):
+        cfg = compose("config", overrides=kept)
+        parent = OmegaConf.select(cfg, key.rsplit(".", 1)[0]) if "." in key else cfg
+        names = [str(name) for name in parent if not str(name).startswith("_")]
+    prefix = key.rsplit(".", 1)[0] + "." if "." in key else ""
+    near = difflib.get_close_matches(key.rsplit(".", 1)[-1], names, n=1)
+    if near:
+        return f"{key} is not a setting; did you mean {prefix}{near[0]}?"
+    listed = f"there are {', '.join(prefix + name for name in names)}" if names else "see python -m fedray --cfg job"
+    return f"{key} is not a setting; {listed}"
+
+
+def _say(error: object, code: int) -> int:
+    if os.environ.get("FEDRAY_TRACEBACK"):
+        traceback.print_exc()
+    print(f"fedray: {error}", file=sys.stderr, flush=True)
+    return code
+
+
+# -- commands that read runs -----------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ConfigError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def _export(arguments: list[str]) -> None:
+    parser = _Parser(prog="fedray export", description="Write a run's final model as a file that plain PyTorch loads.")
+    parser.add_argument("run", type=Path, help="the folder of a finished run")
+    parser.add_argument("--format", choices=("state_dict", "safetensors"), default="safetensors")
+    parser.add_argument("--output", type=Path, help="the file; RUN/final/export.{pt,safetensors} without")
+    parser.add_argument(
+        "--shrink", action="store_true", help="leave out units of which every weight is gone, where the next layer allows"
+    )
+    options = parser.parse_args(arguments)
+    from fedray.sim.export import export
+
+    print(export(options.run, format=options.format, output=options.output, shrink=options.shrink))
+
+
+COMMANDS = {"export": _export}

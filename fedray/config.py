@@ -1,0 +1,578 @@
+"""From a composed configuration to a run, with every mistake refused in one sentence before anything starts.
+
+The skeleton has a schema of dataclasses; components are `_target_` nodes whose arguments are checked against the
+signature and its annotations. This module, `cli` and `__main__` are the only ones that know Hydra.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from hydra.utils import get_object, instantiate
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedray import data as data_room
+from fedray.data.dataset import Dataset
+from fedray.errors import ConfigError
+from fedray.models import Scope, Task
+from fedray.round import FieldError, Optim, Policy
+from fedray.sim.population import Population
+from fedray.sim.spec import EvalSpec, RunSpec, TrainerSpec
+from fedray.track.wandb import WandbConfig
+from fedray.train import LearningRate
+
+# -- the schema ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class EvalConfig:
+    every: int = MISSING
+    clients: Any = MISSING
+    batch_size: int = MISSING
+
+
+@dataclass
+class ScopeConfig:
+    first_layer: bool = MISSING
+    last_layer: bool = MISSING
+    biases: bool = MISSING
+    norms: bool = MISSING
+
+
+@dataclass
+class TrainerConfig:
+    optimizer: str = MISSING
+    lr: float = MISSING
+    lr_schedule: str = MISSING
+    lr_decay: float = MISSING
+    lr_every: int = MISSING
+    batch_size: int = MISSING
+    epochs: int | None = MISSING
+    steps: int | None = MISSING
+    momentum: float = MISSING
+    nesterov: bool = MISSING
+    weight_decay: float = MISSING
+    betas: list[float] = MISSING
+    eps: float = MISSING
+    clip_norm: float | None = MISSING
+    engine: str = MISSING
+
+
+@dataclass
+class RuntimeConfig:
+    kind: str = MISSING
+    clients_per_actor: Any = MISSING
+    slots: Any = MISSING
+    device: str = MISSING
+    address: str | None = MISSING
+    num_cpus: int | None = MISSING
+    temp_dir: str | None = MISSING
+
+
+@dataclass
+class WandbSchema:
+    mode: str = MISSING
+    project: str = MISSING
+    entity: str | None = MISSING
+    group: str | None = MISSING
+    job_type: str = MISSING
+    tags: list[str] = MISSING
+    name: str | None = MISSING
+    histograms_every: int = MISSING
+
+
+@dataclass
+class TrackerConfig:
+    progress: str = MISSING
+    wandb: WandbSchema = field(default_factory=WandbSchema)
+
+
+@dataclass
+class Config:
+    """The skeleton. Groups of components are free mappings; their arguments are checked when they are made."""
+
+    name: str = MISSING
+    seed: int = MISSING
+    rounds: int = MISSING
+    num_clients: int = MISSING
+    cohort: int = MISSING
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    scope: ScopeConfig = field(default_factory=ScopeConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    data: dict[str, Any] = field(default_factory=dict)
+    partition: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    strategy: dict[str, Any] = field(default_factory=dict)
+    correction: dict[str, Any] = field(default_factory=dict)
+    pruner: dict[str, Any] = field(default_factory=dict)
+    wire: dict[str, Any] = field(default_factory=dict)
+
+
+def register() -> None:
+    """Make the schema known to Hydra; conf/config.yaml builds on it."""
+    ConfigStore.instance().store(name="fedray_schema", node=Config)
+
+
+def conf_folder() -> str:
+    """`conf/` of an installed wheel, else of the checkout."""
+    installed = Path(__file__).parent / "conf"
+    checkout = Path(__file__).parent.parent / "conf"
+    return str(installed if (installed / "config.yaml").is_file() else checkout)
+
+
+# -- assembly --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """A run that has passed every check, and how it is to be run and tracked.
+
+    code_folder: where the user's own modules are; None without any. facts: what goes into the manifest.
+    """
+
+    spec: RunSpec
+    population: Population
+    runtime: RuntimeConfig
+    wandb: WandbConfig
+    progress: Literal["auto", "live", "plain", "none"]
+    config_yaml: str
+    code_folder: str | None
+    facts: Mapping[str, Any]
+
+
+def assemble(cfg: DictConfig, *, code_folder: str | None = None) -> Assembly:
+    """Check everything and load the data. Raises ConfigError."""
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"the configuration cannot be resolved: {_first_line(error)}") from error
+    assert isinstance(plain, dict)
+    config: dict[str, Any] = {str(key): value for key, value in plain.items()}
+    config.pop("hydra", None)
+    _check_keys(config, Config, "")
+    _check_skeleton(config)
+
+    spec_trainer = _trainer(config["trainer"])
+    policies = _policies(config)
+    down, up = (_make(config["wire"].get(way), f"wire.{way}") for way in ("down", "up"))
+    _only(config["wire"], ("down", "up"), "wire")
+    partitioner = _make(config["partition"], "partition")
+    scope = Scope(**config["scope"])
+    spec = RunSpec(
+        run_id="",
+        name=config["name"],
+        seed=config["seed"],
+        rounds=config["rounds"],
+        num_clients=config["num_clients"],
+        cohort=config["cohort"],
+        task=Task(build=_unbuilt, scope=scope),
+        policies=policies,
+        down=down,
+        up=up,
+        trainer=spec_trainer,
+        evaluation=EvalSpec(**config["eval"]),
+        config=config,
+    )
+    for name, policy in policies:
+        _under(name, lambda policy=policy: policy.check(spec.facts()))  # type: ignore[misc]
+
+    dataset = _make(config["data"], "data")
+    if not isinstance(dataset, Dataset):
+        raise ConfigError(
+            f"data._target_ is {config['data']['_target_']!r}; it gave a {type(dataset).__name__} and must give a "
+            "fedray.data.Dataset: use Dataset.of(...)"
+        )
+    dataset.check()
+    build = _model(config["model"], dataset)
+    population, partition_hash = _population(dataset, partitioner, spec)
+    task = Task(build=build, scope=scope)
+    _try_model(task, dataset, spec)
+    run_id = _run_id(config, dataset)
+    facts = {
+        "run_id": run_id,
+        "name": spec.name,
+        "seed": spec.seed,
+        "rounds": spec.rounds,
+        "data": {"name": dataset.name, "digest": dataset.digest},
+        "partition": partition_hash,
+        "config": config,
+    }
+    wandb = config["tracker"]["wandb"]
+    return Assembly(
+        spec=replace(spec, run_id=run_id, task=task),
+        population=population,
+        runtime=RuntimeConfig(**config["runtime"]),
+        wandb=WandbConfig(**{**wandb, "tags": tuple(wandb["tags"])}),
+        progress=config["tracker"]["progress"],
+        config_yaml=OmegaConf.to_yaml(OmegaConf.create(config)),
+        code_folder=code_folder,
+        facts=facts,
+    )
+
+
+def _unbuilt() -> Any:
+    raise AssertionError("the model is not known before the data")
+
+
+def _trainer(config: dict[str, Any]) -> TrainerSpec:
+    return TrainerSpec(
+        learning_rate=LearningRate(
+            lr=config["lr"], kind=config["lr_schedule"], decay=config["lr_decay"], every=config["lr_every"]
+        ),
+        batch_size=config["batch_size"],
+        epochs=config["epochs"],
+        steps=config["steps"],
+        optim=Optim(
+            name=config["optimizer"],
+            momentum=config["momentum"],
+            nesterov=config["nesterov"],
+            weight_decay=config["weight_decay"],
+            betas=(config["betas"][0], config["betas"][1]),
+            eps=config["eps"],
+            clip_norm=config["clip_norm"],
+        ),
+        engine=config["engine"],
+    )
+
+
+def _policies(config: dict[str, Any]) -> tuple[tuple[str, Policy[Any, Any]], ...]:
+    """Inner to outer: pruner, strategy, corrections in the order in which they were named."""
+    found: list[tuple[str, Policy[Any, Any]]] = []
+    nodes = [("pruner", config["pruner"]), ("strategy", config["strategy"])]
+    nodes += [(f"correction.{name}", node) for name, node in config["correction"].items()]
+    for name, node in nodes:
+        policy = _make(node, name)
+        if not isinstance(policy, Policy):
+            raise ConfigError(f"{name}._target_ is {node['_target_']!r}; it must be a fedray.round.Policy")
+        found.append((name, policy))
+    return tuple(found)
+
+
+def _model(node: dict[str, Any], dataset: Dataset) -> Any:
+    """A picklable maker of the model; shape and num_classes come from the data where the model asks for them."""
+    target, arguments = _target(node, "model")
+    accepted = _accepted(target)
+    given = {"shape": dataset.shape, "num_classes": dataset.num_classes}
+    extra = {name: value for name, value in given.items() if accepted is None or name in accepted}
+    extra = {name: value for name, value in extra.items() if name not in arguments}
+    if accepted is None:
+        extra = {}
+    _check_arguments(target, {**arguments, **extra}, "model")
+    return partial(target, **{**arguments, **extra})
+
+
+def _try_model(task: Task, dataset: Dataset, spec: RunSpec) -> None:
+    """Build the model once and run two samples through it, so that a misfit is found here."""
+    import torch
+
+    try:
+        module = task.module(spec.key.fold("model")).eval()
+        with torch.no_grad():
+            outputs = module(torch.zeros(2, *dataset.shape))
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"model._target_ is {spec.config['model']['_target_']!r}; it cannot take samples of shape {dataset.shape}: "
+            f"{type(error).__name__}: {_first_line(error)}"
+        ) from error
+    if tuple(outputs.shape[:1]) != (2,) or outputs.dim() != 2 or outputs.shape[1] < dataset.num_classes:
+        raise ConfigError(
+            f"model._target_ is {spec.config['model']['_target_']!r}; for two samples it gives shape "
+            f"{tuple(outputs.shape)}, and (2, {dataset.num_classes}) logits are needed for data={dataset.name}"
+        )
+
+
+def _population(dataset: Dataset, partitioner: Any, spec: RunSpec) -> tuple[Population, dict[str, Any]]:
+    key = spec.key.fold("partition")
+    labels, num_classes = np.asarray(dataset.train_y), dataset.num_classes
+    parts = _under(
+        "partition", lambda: partitioner(labels, num_clients=spec.num_clients, num_classes=num_classes, key=key)
+    )
+    tests = data_room.local_tests(
+        train_labels=labels,
+        parts=parts,
+        test_labels=np.asarray(dataset.test_y),
+        num_classes=num_classes,
+        key=spec.key.fold("local_tests"),
+    )
+    population = Population(
+        train_x=dataset.train_x,
+        train_y=dataset.train_y,
+        test_x=dataset.test_x,
+        test_y=dataset.test_y,
+        rows=np.concatenate(parts),
+        starts=np.cumsum([0, *(len(part) for part in parts)]),
+        local_rows=np.concatenate(tests),
+        local_starts=np.cumsum([0, *(len(test) for test in tests)]),
+        label_counts=data_room.histogram(labels, parts, num_classes),
+        mean=np.array(dataset.mean, np.float32),
+        std=np.array(dataset.std, np.float32),
+        scale=float(dataset.scale),
+    )
+    manifest = data_room.manifest(labels, parts, num_classes)
+    return population, {name: value for name, value in manifest.items() if name != "histogram"}
+
+
+def _run_id(config: dict[str, Any], dataset: Dataset) -> str:
+    """A hash of what decides the result: not where it runs, how it is tracked, where the data lie or how long it is."""
+    kept = {k: v for k, v in config.items() if k not in ("runtime", "tracker", "rounds", "name")}
+    kept["data"] = {**{k: v for k, v in config["data"].items() if k != "path"}, "digest": dataset.digest}
+    text = json.dumps(kept, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+# -- checks of the skeleton ------------------------------------------------------------------------------------------
+
+
+def _check_keys(config: Mapping[str, Any], schema: type, prefix: str) -> None:
+    """Refuse keys that the schema does not have; `+key=value` would let them in."""
+    names = [f.name for f in dataclasses.fields(schema)]
+    hints = typing.get_type_hints(schema)
+    for key, value in config.items():
+        if key not in names:
+            raise ConfigError(f"{prefix}{key} is not a setting; {_closest(key, names, prefix)}")
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            _check_keys(value, typing.cast(type, hints[key]), f"{prefix}{key}.")
+
+
+def _check_skeleton(config: dict[str, Any]) -> None:
+    evaluation, trainer, runtime = config["eval"], config["trainer"], config["runtime"]
+    at_least: list[tuple[str, Any, int]] = [
+        ("rounds", config["rounds"], 1),
+        ("num_clients", config["num_clients"], 1),
+        ("cohort", config["cohort"], 1),
+        ("eval.every", evaluation["every"], 0),
+        ("eval.batch_size", evaluation["batch_size"], 1),
+        ("trainer.batch_size", trainer["batch_size"], 1),
+        ("trainer.lr_every", trainer["lr_every"], 1),
+    ]
+    for name in ("epochs", "steps"):
+        if trainer[name] is not None:
+            at_least.append((f"trainer.{name}", trainer[name], 0))
+    if runtime["num_cpus"] is not None:
+        at_least.append(("runtime.num_cpus", runtime["num_cpus"], 1))
+    for name, value, least in at_least:
+        _refuse(value < least, name, value, f"it must be at least {least}")
+    _refuse(
+        config["cohort"] > config["num_clients"],
+        "cohort",
+        config["cohort"],
+        f"it must be at most num_clients, which is {config['num_clients']}; lower cohort or raise num_clients",
+    )
+    _refuse(not config["name"] or "/" in config["name"], "name", config["name"], "it names a folder: no slash, not empty")
+    clients = evaluation["clients"]
+    good = clients in ("cohort", "all") or (_is_int(clients) and 1 <= clients <= config["num_clients"])
+    _refuse(not good, "eval.clients", clients, f"write cohort, all or a number from 1 to {config['num_clients']}")
+    both = (trainer["epochs"] is None) == (trainer["steps"] is None)
+    _refuse(
+        both,
+        "trainer.steps",
+        trainer["steps"],
+        f"exactly one of trainer.epochs (now {trainer['epochs']}) and trainer.steps is set; set the other to null",
+    )
+    for name, choices in (
+        ("optimizer", ("sgd", "adam", "adamw")),
+        ("lr_schedule", ("constant", "step", "cosine")),
+        ("engine", ("auto", "eager", "traced")),
+    ):
+        _refuse(trainer[name] not in choices, f"trainer.{name}", trainer[name], f"choose one of {', '.join(choices)}")
+    for name, low, high in (
+        ("lr", 0.0, math.inf),
+        ("lr_decay", 0.0, 1.0),
+        ("momentum", 0.0, 1.0),
+        ("weight_decay", 0.0, math.inf),
+        ("eps", 0.0, math.inf),
+        ("clip_norm", 0.0, math.inf),
+    ):
+        value = trainer[name]
+        if value is None:
+            continue
+        good = (low <= value < high) if name in ("momentum", "weight_decay") else (low < value <= high and value < math.inf)
+        bound = "below 1" if name == "momentum" else "at most 1" if name == "lr_decay" else "finite"
+        start = "at least 0" if name in ("momentum", "weight_decay") else "above 0"
+        _refuse(not good, f"trainer.{name}", value, f"it must be {start} and {bound}")
+    if trainer["nesterov"] and not (trainer["optimizer"] == "sgd" and trainer["momentum"] > 0):
+        raise ConfigError("trainer.nesterov is True; it needs trainer.optimizer=sgd and trainer.momentum above 0")
+    if trainer["optimizer"] != "sgd" and trainer["momentum"]:
+        raise ConfigError(
+            f"trainer.momentum is {trainer['momentum']}; {trainer['optimizer']} has no momentum: set trainer.betas"
+        )
+    betas = trainer["betas"]
+    good = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+    _refuse(not good, "trainer.betas", betas, "write two numbers from 0 to below 1, as in [0.9,0.999]")
+    _refuse(runtime["kind"] not in ("ray", "inline"), "runtime.kind", runtime["kind"], "choose ray or inline")
+    _refuse(
+        runtime["device"] not in ("auto", "cpu", "cuda"), "runtime.device", runtime["device"], "choose auto, cpu or cuda"
+    )
+    for name in ("clients_per_actor", "slots"):
+        value = runtime[name]
+        good = value == "auto" or (_is_int(value) and value >= 1)
+        _refuse(not good, f"runtime.{name}", value, "write auto or a number, at least 1")
+    progress = config["tracker"]["progress"]
+    choices = ("auto", "live", "plain", "none")
+    _refuse(progress not in choices, "tracker.progress", progress, f"choose one of {', '.join(choices)}")
+
+
+def _refuse(bad: bool, key: str, value: object, rule: str) -> None:
+    if bad:
+        raise ConfigError(f"{key} is {value!r}; {rule}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+# -- components ------------------------------------------------------------------------------------------------------
+
+
+def _make(node: Any, group: str) -> Any:
+    """Make the component of a group, with its arguments checked first."""
+    target, arguments = _target(node, group)
+    nested = {k: v for k, v in arguments.items() if not (isinstance(v, Mapping) and "_target_" in v)}
+    _check_arguments(target, arguments, group, typed=nested)
+    return _under(group, lambda: instantiate(node, _convert_="all"))
+
+
+def _under(group: str, call: Any) -> Any:
+    """Call; errors of ours get the group's name before the field's, others become one sentence."""
+    try:
+        return call()
+    except Exception as raised:
+        error: BaseException = raised
+        while isinstance(error, HydraException) and error.__cause__ is not None:
+            error = error.__cause__
+        if isinstance(error, FieldError):
+            raise error.under(group) from raised
+        if isinstance(error, ConfigError):
+            raise error from raised
+        raise ConfigError(f"{group} cannot be made: {type(error).__name__}: {_first_line(error)}") from raised
+
+
+def _target(node: Any, group: str) -> tuple[Any, dict[str, Any]]:
+    if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
+        raise ConfigError(f"{group} names no _target_; choose one of the group, or write {group}._target_=module.Name")
+    path = node["_target_"]
+    try:
+        target = get_object(path)
+    except Exception as error:
+        raise ConfigError(
+            f"{group}._target_ is {path!r}; it cannot be imported ({_first_line(error)}). Code beside --config-dir can"
+        ) from error
+    if not callable(target):
+        raise ConfigError(f"{group}._target_ is {path!r}; it must be a class or a function")
+    return target, {str(k): v for k, v in node.items() if k not in ("_target_", "_convert_", "_recursive_", "_partial_")}
+
+
+def _accepted(target: Any) -> list[str] | None:
+    """Names of the arguments that a target takes; None if it takes any."""
+    parameters = inspect.signature(target).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def _check_arguments(target: Any, arguments: dict[str, Any], group: str, typed: Mapping[str, Any] | None = None) -> None:
+    name = getattr(target, "__qualname__", str(target))
+    accepted = _accepted(target)
+    for argument in arguments:
+        if accepted is not None and argument not in accepted:
+            raise ConfigError(f"{group}.{argument} is not a setting of {name}; {_closest(argument, accepted, group + '.')}")
+    for parameter in inspect.signature(target).parameters.values():
+        required = parameter.default is parameter.empty and parameter.kind in (
+            parameter.POSITIONAL_OR_KEYWORD,
+            parameter.KEYWORD_ONLY,
+        )
+        if required and parameter.name not in arguments:
+            raise ConfigError(f"{group}.{parameter.name} is not set; {name} needs it: write {group}.{parameter.name}=...")
+    hints = _hints(target)
+    for argument, value in (arguments if typed is None else typed).items():
+        if argument in hints and not conforms(value, hints[argument]):
+            raise ConfigError(f"{group}.{argument} is {value!r}; it must be {_readable(hints[argument])}")
+
+
+def _hints(target: Any) -> dict[str, Any]:
+    """Resolved annotations of a class's or function's arguments; none where they cannot be resolved."""
+    try:
+        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (NameError, TypeError, AttributeError):
+        return {}
+
+
+def conforms(value: Any, annotation: Any) -> bool:
+    """Whether a value from a configuration can be an argument annotated so; unknown annotations admit anything."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(conforms(value, argument) for argument in arguments)
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in arguments)
+    if annotation is None or annotation is type(None):
+        return value is None
+    if annotation is bool or annotation is str:
+        return isinstance(value, annotation)
+    if annotation is int:
+        return _is_int(value)
+    if annotation is float:
+        return (_is_int(value) or isinstance(value, float)) and not math.isnan(value)
+    if origin in (list, tuple, Sequence) or annotation in (list, tuple):
+        if not isinstance(value, list | tuple):
+            return False
+        element = [a for a in arguments if a is not Ellipsis]
+        return not element or all(any(conforms(v, a) for a in element) for v in value)
+    if origin in (dict, Mapping) or annotation is dict:
+        return isinstance(value, Mapping)
+    return True
+
+
+def _readable(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    if annotation in names:
+        return names[annotation]
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_readable(argument) for argument in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(str(choice) for choice in arguments)
+    if origin in (list, tuple, Sequence):
+        return "a list, as in [1,2]"
+    return str(annotation)
+
+
+def _only(node: Mapping[str, Any], names: Sequence[str], group: str) -> None:
+    for key in node:
+        if key not in names:
+            raise ConfigError(f"{group}.{key} is not a setting; {_closest(key, names, group + '.')}")
+
+
+def _closest(key: str, names: Sequence[str], prefix: str) -> str:
+    near = difflib.get_close_matches(key, names, n=1)
+    if near:
+        return f"did you mean {prefix}{near[0]}?"
+    return f"there are {', '.join(names)}" if names else "there are none here"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+

@@ -1,0 +1,27 @@
+"""Where examples come from, who gets which, and what each client is tested on.
+
+Sources are functions that return a `Dataset`; partitions are values that deal its training samples to clients;
+`local_tests` gives each client test samples that look like its training data. Importing this package imports
+NumPy only: a source imports what it reads with when it is called.
+"""
+
+from __future__ import annotations
+
+from fedray.data.dataset import Dataset
+from fedray.data.partition import Classes, Dirichlet, Iid, Partition, Shards, histogram, manifest
+from fedray.data.sources import digits, hub
+from fedray.data.views import local_tests
+
+__all__ = [
+    "Classes",
+    "Dataset",
+    "Dirichlet",
+    "Iid",
+    "Partition",
+    "Shards",
+    "digits",
+    "histogram",
+    "hub",
+    "local_tests",
+    "manifest",
+]

@@ -1,0 +1,61 @@
+"""Prune and grow: swap the weakest kept coordinates for the strongest dropped ones, at the same counts.
+
+    pruned = drop(params, mask, fewer, names=names)
+    grown = grow(gradient, pruned, counts, names=names)
+
+They are two steps because a method may look at the gradient at the point in between, where what was dropped
+is zero. A coordinate that grows starts at zero, also one that was dropped a moment ago:
+`restrict(restrict(params, pruned), grown)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fedray.prune.score import magnitude
+from fedray.prune.select import keep_top
+from fedray.tree import Mask, Tree
+
+
+def drop(params: Tree, mask: Mask, counts: Mapping[str, int], *, names: tuple[str, ...]) -> Mask:
+    """Keep the `counts[name]` largest magnitudes among what is kept; ties stay at the lower flat index.
+
+    Mocanu et al. 2018 (SET), Evci et al. 2020 (RigL).
+    """
+    return keep_top(magnitude(params), counts, names=names, within=mask)
+
+
+def grow(
+    gradient: Tree, mask: Mask, counts: Mapping[str, int], *, names: tuple[str, ...], avoid: Mask | None = None
+) -> Mask:
+    """Add the largest |gradient| among what `mask` drops until each tensor keeps `counts[name]`.
+
+    gradient: dense, with respect to the effective weight: it must not be masked.
+    avoid:    coordinates that grow only when nothing else is left, such as those dropped a moment ago; so the
+              counts are met in any case. Without it they compete like any other (RigL and FedDST).
+    Ties go to the lower flat index. Raises ConfigError for a count below what is kept or above the size.
+    """
+    missing = {name: counts[name] - kept for name, kept in mask.counts(names).items()}
+    if not any(missing.values()):
+        return mask
+    score = magnitude(gradient)
+    if avoid is None:
+        return mask | keep_top(score, missing, names=names, within=~mask)
+    first_choice = ~(mask | avoid)
+    free = first_choice.counts(names)
+    first = {name: min(missing[name], free[name]) for name in names}
+    grown = mask | keep_top(score, first, names=names, within=first_choice)
+    return grow(gradient, grown, counts, names=names)
+
+
+def recut(params: Tree, mask: Mask, union: Mask, *, names: tuple[str, ...]) -> Mask:
+    """Keep as many of each named tensor as `mask` does: the largest magnitudes within `union`.
+
+    union: what somebody kept after growing, which may be more than the mask. Where it is less, all of it stays and
+           the count is filled up by index, from `mask` first, so the counts are met in any case.
+    Bibikar et al. 2022 (FedDST), the server's half of the readjustment.
+    """
+    counts, held = mask.counts(names), union.counts(names)
+    kept = drop(params, union, {name: min(counts[name], held[name]) for name in names}, names=names)
+    # With zeros for gradients everything ties, and ties go to the lower index.
+    return grow(Tree.zeros(kept.layout), kept, counts, names=names, avoid=~mask)

@@ -1,0 +1,94 @@
+"""Magnitude pruning by the server: once, or gradually while the model trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, final
+
+from fedray.errors import ConfigError
+from fedray.prune.allocate import ALLOCATIONS, BUDGETS, ROUNDINGS, Allocation, Budget, Rounding, total_kept
+from fedray.prune.schedule import KINDS, Kind, is_event, sparsity_at
+from fedray.prune.score import magnitude
+from fedray.prune.select import keep_top, keep_top_global
+from fedray.round import Context, Job, Message, Policy, RunFacts, Server, refuse
+from fedray.sums import Sums
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Magnitude(Policy[None, None]):
+    """Remove the weights of the averaged model that have the smallest magnitude.
+
+    Han et al. 2015, "Learning both weights and connections", section 3 (magnitude); Zhu and Gupta 2017, "To prune,
+    or not to prune" (gradual, cubic). Deviations: an event prunes to an exact count, where Han prunes below a
+    multiple of a layer's standard deviation; the clock counts rounds, where Zhu and Gupta count steps; and it is
+    the server that prunes, right after it has averaged, so all clients share one mask.
+
+    sparsity:   final fraction removed, in [0, 1).
+    ranking:    "local" ranks within each tensor, `allocation` says how many it keeps; "global" ranks all prunable
+                weights together (`allocation` is not read) and may empty a tensor.
+    allocation: "uniform", "er" or "erk".
+    schedule:   "one_shot" (at round `start`), "linear", "cubic" or "iterative": see `prune.schedule`.
+    start, finish, every: rounds of the events; start 0 prunes the initial weights; one_shot reads `start` alone.
+    sticky:     what is pruned stays pruned: each mask lies within the one before. Otherwise clients train densely
+                in a round that ends with an event, their upload is dense too, and pruned weights compete again.
+    budget, rounding: what the sparsity is a fraction of, and how counts are rounded: see `prune.allocate`.
+    """
+
+    sparsity: float
+    ranking: Literal["local", "global"] = "local"
+    allocation: Allocation = "uniform"
+    schedule: Kind = "one_shot"
+    start: int = 0
+    finish: int = 0
+    every: int = 1
+    sticky: bool = True
+    budget: Budget = "prunable_weights"
+    rounding: Rounding = "nearest"
+
+    def __post_init__(self) -> None:
+        refuse(not 0.0 <= self.sparsity < 1.0, "sparsity", self.sparsity, "it is the fraction removed, in [0, 1)")
+        refuse(self.ranking not in ("local", "global"), "ranking", self.ranking, "choose local or global")
+        refuse(self.allocation not in ALLOCATIONS, "allocation", self.allocation, f"choose {', '.join(ALLOCATIONS)}")
+        refuse(self.schedule not in KINDS, "schedule", self.schedule, f"choose {', '.join(KINDS)}")
+        refuse(self.start < 0, "start", self.start, "it is a round, and 0 prunes before the first")
+        late = f"a {self.schedule} schedule ends after its start ({self.start}): write the round of the last pruning"
+        refuse(self.schedule != "one_shot" and self.finish <= self.start, "finish", self.finish, late)
+        refuse(self.every < 1, "every", self.every, "it is a number of rounds, at least 1")
+        refuse(self.budget not in BUDGETS, "budget", self.budget, f"choose {' or '.join(BUDGETS)}")
+        refuse(self.rounding not in ROUNDINGS, "rounding", self.rounding, f"choose {' or '.join(ROUNDINGS)}")
+
+    def check(self, run: RunFacts) -> None:
+        field, last = ("start", self.start) if self.schedule == "one_shot" else ("finish", self.finish)
+        if last > run.rounds:
+            raise ConfigError(
+                f"pruner.{field} is {last}; it must be at most rounds ({run.rounds}), or the sparsity of "
+                f"{self.sparsity:g} is never reached; lower it or raise rounds"
+            )
+
+    def init_server(self, server: Server, ctx: Context) -> tuple[Server, None]:
+        return self._prune(server, ctx), None
+
+    def begin(self, message: Message, job: Job, memory: None, ctx: Context) -> tuple[Message, Job, None]:
+        return message, job if self.sticky or not self._due(ctx.round) else replace(job, mask=None), memory
+
+    def settle(self, server: Server, sums: Sums, memory: None, ctx: Context) -> tuple[Server, Sums, None]:
+        return self._prune(server, ctx), sums, memory
+
+    def _due(self, number: int) -> bool:
+        return is_event(number, kind=self.schedule, start=self.start, end=self.finish, every=self.every)
+
+    def _prune(self, server: Server, ctx: Context) -> Server:
+        if not self._due(ctx.round):
+            return server
+        times = {"start": self.start, "end": self.finish, "every": self.every}
+        sparsity = sparsity_at(ctx.round, kind=self.schedule, sparsity=self.sparsity, **times)
+        layout, names, score = server.params.layout, ctx.prunable, magnitude(server.params)
+        within = server.mask if self.sticky else None
+        if self.ranking == "global":
+            total = total_kept(layout, names, sparsity, budget=self.budget, rounding=self.rounding)
+            return server.cut(keep_top_global(score, total, names=names, within=within))
+        allocate = ALLOCATIONS[self.allocation]
+        limits = None if within is None else within.counts(names)
+        counts = allocate(layout, names, sparsity, budget=self.budget, rounding=self.rounding, limits=limits)
+        return server.cut(keep_top(score, counts, names=names, within=within))

@@ -1,0 +1,14 @@
+"""No pruning: the dense reference of every table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from fedray.round import Policy
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class NoPruning(Policy[None, None]):
+    """Every hook is the identity: the server has no mask, and clients train densely."""

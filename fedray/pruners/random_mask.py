@@ -1,0 +1,42 @@
+"""A random mask, drawn once: the control that every other pruner must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from fedray.prune.allocate import ALLOCATIONS, BUDGETS, ROUNDINGS, Allocation, Budget, Rounding
+from fedray.prune.select import random_mask
+from fedray.round import Context, Policy, Server, refuse
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Random(Policy[None, None]):
+    """Static random pruning at initialisation.
+
+    The mask is a pure function of the run's key and the counts, so it costs its seed on the wire. It never
+    changes. Random masks with layer-wise ratios as a baseline: Liu et al. 2022, "The unreasonable effectiveness
+    of random pruning", section 3.
+
+    sparsity:   fraction removed, in [0, 1).
+    allocation: how the kept weights are divided among tensors: "uniform", "er" or "erk".
+    budget, rounding: what the sparsity is a fraction of, and how counts are rounded: see `prune.allocate`.
+    """
+
+    sparsity: float
+    allocation: Allocation = "erk"
+    budget: Budget = "prunable_weights"
+    rounding: Rounding = "nearest"
+
+    def __post_init__(self) -> None:
+        refuse(not 0.0 <= self.sparsity < 1.0, "sparsity", self.sparsity, "it is the fraction removed, in [0, 1)")
+        refuse(self.allocation not in ALLOCATIONS, "allocation", self.allocation, f"choose {', '.join(ALLOCATIONS)}")
+        refuse(self.budget not in BUDGETS, "budget", self.budget, f"choose {' or '.join(BUDGETS)}")
+        refuse(self.rounding not in ROUNDINGS, "rounding", self.rounding, f"choose {' or '.join(ROUNDINGS)}")
+
+    def init_server(self, server: Server, ctx: Context) -> tuple[Server, None]:
+        layout, names = server.params.layout, ctx.prunable
+        allocate = ALLOCATIONS[self.allocation]
+        counts = allocate(layout, names, self.sparsity, budget=self.budget, rounding=self.rounding)
+        return server.cut(random_mask(layout, names, counts, ctx.key.fold("random mask"))), None

@@ -1,0 +1,1 @@
+"""Where rounds happen: the population, the pure work of a client, runtimes and the driver's loop."""

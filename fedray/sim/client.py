@@ -1,0 +1,293 @@
+"""The work of clients, as a pure function of a broadcast, records and data.
+
+A worker hosts any number of clients and caches what is costly to build; whatever must outlive a call is in the
+records that it returns. Everything of a client happens here: `send` for it, both ends of its wire, training.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from fedray.errors import ClientError, FedrayError
+from fedray.round import Context, Fit, Job, Message, Server
+from fedray.sim.population import Population
+from fedray.sim.spec import RunSpec
+from fedray.sums import Sums
+from fedray.train import Engine
+from fedray.tree import Mask, Tree
+from fedray.wire import Codec, Transfer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broadcast:
+    """The server's side of a round, put into the object store once. round: the one that begins."""
+
+    round: int
+    server: Server
+    memories: tuple[Any, ...]
+    cohort: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a client keeps between rounds: each policy's memory, and the mask last exchanged."""
+
+    memories: tuple[Any, ...]
+    known: Mask | None
+
+    def same(self, other: Record) -> bool:
+        """Whether nothing changed: policies return the very object where they change nothing."""
+        if (self.known is None) != (other.known is None):
+            return False
+        if self.known is not None and other.known is not None and self.known.digest != other.known.digest:
+            return False
+        return all(mine is theirs for mine, theirs in zip(self.memories, other.memories, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientResult:
+    """What the driver logs of one client's round. seconds: time of its training. num_seen: examples stepped on."""
+
+    client: int
+    num_examples: int
+    num_steps: int
+    num_seen: int
+    loss: float
+    seconds: float
+    transfers: tuple[Transfer, ...]
+    record_changed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReply:
+    """One call's answer: the payload where it trained a single client, else the partial sum. Same bits either way."""
+
+    results: tuple[ClientResult, ...]
+    payload: bytes | None
+    sums: Sums | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalReply:
+    """Every metric per sample for test rows start to stop, float32 numpy arrays."""
+
+    tag: str
+    start: int
+    scores: Mapping[str, Any]
+
+
+class Worker:
+    """Hosts clients in one process."""
+
+    def __init__(self, spec: RunSpec, population: Population) -> None:
+        if spec.device == "cuda":
+            # Same seed, same bits: no kernel may choose its order of summation at run time.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.backends.cudnn.benchmark = False
+            torch.use_deterministic_algorithms(True)
+        self.spec = spec
+        self.population = population
+        self.engine = Engine(
+            spec.task,
+            key=spec.key.fold("model"),
+            sample_shape=population.sample_shape,
+            device=spec.device,
+            kind=spec.trainer.engine,
+        )
+        self.origin, self.origin_buffers = self.engine.origin()
+        self.prunable = prunable(self.engine, spec)
+        self.codec = codec(self.engine, spec)
+        self._masks: dict[bytes, Mask] = {}
+
+    # -- one call ------------------------------------------------------------------------------------------------
+
+    def train(
+        self, broadcast: Broadcast, clients: Sequence[int], records: Mapping[int, Record | None]
+    ) -> tuple[TrainReply, dict[int, Record]]:
+        """Train these clients; returns the reply and the records that changed. A missing record is a first round."""
+        server = replace(broadcast.server, mask=self.intern(broadcast.server.mask))
+        broadcast = replace(broadcast, server=server)
+        results, changed, sums, payload = [], {}, Sums(), None
+        for client in clients:
+            payload, sent_mask, result, record = self._one(broadcast, client, records.get(client))
+            results.append(result)
+            if record is not None:
+                changed[client] = record
+            if len(clients) > 1:
+                sums.add(self.receive(payload, sent_mask), who=who(client, broadcast.round))
+        single = len(clients) == 1
+        reply = TrainReply(results=tuple(results), payload=payload if single else None, sums=None if single else sums)
+        return reply, changed
+
+    def receive(self, payload: bytes, sent_mask: Mask | None) -> Message:
+        """What the server makes of an upload; it knows the mask that it sent."""
+        return self.codec.decode(payload, direction="up", known=sent_mask)
+
+    def evaluate(self, server: Server, start: int, stop: int, batch_size: int, tag: str) -> EvalReply:
+        """Score test rows start to stop in batches that do not depend on how rows were dealt to calls."""
+        scores: dict[str, list[Any]] = {name: [] for name in self.spec.task.metrics}
+        for begin in range(start, stop, batch_size):
+            samples = self.population.test(begin, min(begin + batch_size, stop))
+            for name, values in self.engine.evaluate(server.params, server.buffers, samples).items():
+                scores[name].append(values)
+        return EvalReply(tag=tag, start=start, scores={name: torch.cat(values).numpy() for name, values in scores.items()})
+
+    def intern(self, mask: Mask | None) -> Mask | None:
+        """One object per distinct mask, so that its digest and indices are found once."""
+        if mask is None:
+            return None
+        if mask.digest not in self._masks:
+            if len(self._masks) >= 64:
+                self._masks.clear()
+            self._masks[mask.digest] = mask
+        return self._masks[mask.digest]
+
+    # -- one client ----------------------------------------------------------------------------------------------
+
+    def _one(
+        self, broadcast: Broadcast, client: int, record: Record | None
+    ) -> tuple[bytes, Mask | None, ClientResult, Record | None]:
+        spec, round = self.spec, broadcast.round
+        key = spec.key.fold("round", round, "client", client)
+        samples = self.population.train(client)
+        ctx = Context(
+            round=round,
+            key=key,
+            num_clients=spec.num_clients,
+            cohort=broadcast.cohort,
+            origin=self.origin,
+            prunable=self.prunable,
+            lr=spec.trainer.learning_rate.at(round, spec.rounds),
+            client=self.population.info(client),
+            known=None if record is None else record.known,
+            probe=partial(_probe, self.engine, samples, key),
+        )
+        fresh = record is None
+        if record is None:
+            memories = tuple(self._hook(name, "init_client", ctx, policy.init_client, ctx) for name, policy in spec.policies)
+            record = Record(memories=memories, known=None)
+        message = Message()
+        for (name, policy), memory in zip(spec.policies, broadcast.memories, strict=True):
+            message = self._hook(name, "send", ctx, policy.send, broadcast.server, message, memory, ctx)
+        down = self.codec.encode(message, direction="down", known=record.known)
+        message = self.codec.decode(down.payload, direction="down", known=record.known)
+        message = replace(message, mask=self.intern(message.mask))
+        sent_mask = message.mask
+
+        started = time.perf_counter()
+        fit, after = self._train(message, samples, record, ctx)
+        answer = Message()
+        for at, (name, policy) in enumerate(spec.policies):
+            fit, answer, after[at] = self._hook(name, "end", ctx, policy.end, fit, answer, after[at], ctx)
+        seconds = time.perf_counter() - started
+        answer = replace(answer, mask=self.intern(answer.mask))
+        try:
+            up = self.codec.encode(answer, direction="up", known=sent_mask)
+        except FedrayError as error:
+            raise type(error)(f"{who(client, round)}: {error}") from error
+
+        last = answer.mask if answer.mask is not None else sent_mask
+        new = Record(memories=tuple(after), known=last)
+        changed = (fresh and not _empty(new)) or not new.same(record)
+        result = ClientResult(
+            client=client,
+            num_examples=len(samples),
+            num_steps=fit.num_steps,
+            num_seen=_num_seen(fit, self.spec, len(samples)),
+            loss=fit.loss,
+            seconds=seconds,
+            transfers=(
+                Transfer(round=round, client=client, direction="down", mask_coder=down.mask_coder, sizes=down.sizes),
+                Transfer(round=round, client=client, direction="up", mask_coder=up.mask_coder, sizes=up.sizes),
+            ),
+            record_changed=changed,
+        )
+        return up.payload, sent_mask, result, new if changed else None
+
+    def _train(self, message: Message, samples: Any, record: Record, ctx: Context) -> tuple[Fit, list[Any]]:
+        trainer = self.spec.trainer
+        job = Job(
+            params=self.origin,
+            buffers=self.origin_buffers,
+            mask=None,
+            num_steps=trainer.num_steps(len(samples)),
+            batch_size=trainer.batch_size,
+            lr=ctx.lr,
+            optim=trainer.optim,
+        )
+        received, memories = message, list(record.memories)
+        for at in reversed(range(len(self.spec.policies))):
+            name, policy = self.spec.policies[at]
+            message, job, memories[at] = self._hook(name, "begin", ctx, policy.begin, message, job, memories[at], ctx)
+        return self.engine.fit(job, received, samples, ctx.key), memories
+
+    def _hook(self, name: str, hook: str, ctx: Context, call: Any, *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except FedrayError:
+            raise
+        except Exception as error:
+            at = f"round {ctx.round}, client {ctx.client.id if ctx.client else '-'}, {name}.{hook}"
+            raise ClientError(f"{at}: {type(error).__name__}: {error}") from error
+
+
+def _probe(engine: Engine, samples: Any, key: Any, params: Tree, buffers: Tree, mask: Mask | None, **options: Any) -> Any:
+    return engine.probe(params, buffers, mask, samples, key, **options)
+
+
+def _empty(record: Record) -> bool:
+    """Whether a record holds nothing that `init_client` would not give again."""
+    return record.known is None and all(memory is None for memory in record.memories)
+
+
+def _num_seen(fit: Fit, spec: RunSpec, num_examples: int) -> int:
+    """Examples that went through a training step."""
+    if fit.num_steps and spec.trainer.steps is None and fit.num_steps == spec.trainer.num_steps(num_examples):
+        return (spec.trainer.epochs or 0) * num_examples
+    return min(fit.num_steps * spec.trainer.batch_size, max(fit.num_steps, 1) * num_examples)
+
+
+def peak_gpu_bytes(spec: RunSpec, population: Population) -> int:
+    """Peak allocation on the GPU of the largest client's first steps, in bytes."""
+    worker = Worker(spec, population)
+    largest = max(range(population.num_clients), key=lambda client: population.info(client).num_examples)
+    samples = population.train(largest)
+    job = Job(
+        params=worker.origin,
+        buffers=worker.origin_buffers,
+        mask=None,
+        num_steps=2,
+        batch_size=spec.trainer.batch_size,
+        lr=spec.trainer.learning_rate.lr,
+        optim=spec.trainer.optim,
+    )
+    torch.cuda.reset_peak_memory_stats()
+    worker.engine.fit(job, Message(), samples, spec.key)
+    return int(torch.cuda.max_memory_allocated())
+
+
+def who(client: int, round: int) -> str:
+    """How an error names a client."""
+    return f"client {client} in round {round}"
+
+
+def prunable(engine: Engine, spec: RunSpec) -> tuple[str, ...]:
+    """Names of the tensors that a pruner may cut."""
+    from fedray.models.task import prunable_names
+
+    return prunable_names(engine.module, spec.task.scope)
+
+
+def codec(engine: Engine, spec: RunSpec) -> Codec:
+    """The wire of a run: the parts of all its policies, inner to outer."""
+    parts: dict[str, Any] = {}
+    for _, policy in spec.policies:
+        parts.update(policy.parts(engine.params_layout, engine.buffers_layout))
+    return Codec(parts, engine.params_layout, prunable(engine, spec), down=spec.down, up=spec.up)

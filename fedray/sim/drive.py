@@ -1,0 +1,78 @@
+"""One run from its first round to its last, in whatever process the driver lives."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from fedray.errors import FedrayError, RunError
+from fedray.sim.client import Worker
+from fedray.sim.driver import Driver
+from fedray.sim.final import write_final
+from fedray.sim.population import Population
+from fedray.sim.runtime import Runtime, Stopped
+from fedray.sim.spec import RunSpec
+
+
+class Recorder(Protocol):
+    """Where finished rounds go; see track.recording."""
+
+    def write(
+        self,
+        row: Mapping[str, Any],
+        clients: Sequence[Mapping[str, Any]],
+        transfers: Sequence[Mapping[str, Any]],
+        accuracies: Sequence[float] | None,
+    ) -> None: ...
+
+    def update(self, **facts: Any) -> None: ...
+
+    def log(self, text: str) -> None: ...
+
+    def finish(self, status: str, **facts: Any) -> None: ...
+
+
+class Recording(Protocol):
+    """Opens a recorder in the driver's process."""
+
+    folder: str
+
+    def open(self) -> Recorder: ...
+
+
+def drive(spec: RunSpec, population: Population, runtime: Runtime, recording: Recording) -> Iterator[dict[str, Any]]:
+    """Events as they happen: one {"note": text} when clients are ready, {"row": row} a round, then {"end": status}.
+
+    An error ends the stream with {"end": "failed", "error": the exception}; what was finished is recorded.
+    """
+    recorder = recording.open()
+    try:
+        # The driver trains nobody: its worker gives layouts and decodes, so a plain engine on the CPU will do.
+        plain = replace(spec, device="cpu", trainer=replace(spec.trainer, engine="eager"))
+        driver = Driver(spec, population, runtime, Worker(plain, population))
+        engine, reason = runtime.wait_ready()
+        recorder.update(engine=engine, engine_reason=reason)
+        yield {"note": f"training engine: {engine} ({reason})"}
+        for record in driver.rounds():
+            recorder.write(record.row, record.clients, record.transfers, record.accuracies)
+            for loss in runtime.take_losses():
+                recorder.log(loss)
+                yield {"note": loss}
+            yield {"row": record.row}
+        write_final(recording.folder, driver.server)
+    except (Stopped, KeyboardInterrupt, GeneratorExit) as stop:
+        recorder.finish("interrupted")
+        if isinstance(stop, Stopped):
+            yield {"end": "interrupted"}
+            return
+        raise
+    except Exception as error:
+        recorder.log(traceback.format_exc())
+        ours = error if isinstance(error, FedrayError) else RunError(f"{type(error).__name__}: {error}")
+        recorder.finish("failed", error=str(ours))
+        yield {"end": "failed", "error": ours}
+        return
+    recorder.finish("finished")
+    yield {"end": "finished"}

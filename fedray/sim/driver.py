@@ -1,0 +1,271 @@
+"""The loop of rounds: sample, train, settle, evaluate, write the row.
+
+At most one round is open: the evaluation of round r runs beside the training of round r + 1 and its row is
+written when both its evaluation and that training are done. Nothing else reads an evaluation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from fedray import costs
+from fedray.errors import FedrayError, RunError
+from fedray.round import Context, Server
+from fedray.sim.client import Broadcast, ClientResult, EvalReply, Worker, who
+from fedray.sim.population import Population
+from fedray.sim.runtime import EvalWork, Runtime
+from fedray.sim.spec import RunSpec
+from fedray.sums import Sums
+from fedray.tree import Mask
+from fedray.wire import Ledger
+
+CHUNK_BATCHES = 4  # evaluation batches per call: small enough to fill gaps at the end of a round
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRecord:
+    """A finished round: its row, one dict a client, one dict a transferred part."""
+
+    row: dict[str, Any]
+    clients: list[dict[str, Any]]
+    transfers: list[dict[str, Any]]
+    accuracies: list[float] | None
+
+
+@dataclass
+class _Open:
+    """A round whose evaluation is still out."""
+
+    row: dict[str, Any]
+    results: list[ClientResult]
+    server: Server
+    before: Server | None
+    wanted: bool
+    scores: dict[str, dict[int, Mapping[str, np.ndarray]]] = field(default_factory=dict)
+
+
+class Driver:
+    """Runs one run. `worker` is a host of no clients that gives the model's layout and decodes uploads."""
+
+    def __init__(self, spec: RunSpec, population: Population, runtime: Runtime, worker: Worker) -> None:
+        self.spec = spec
+        self.population = population
+        self.runtime = runtime
+        self.worker = worker
+        self.ledger = Ledger()
+        self.flops = self._dense_flops()
+        self.train_flops = 0.0
+        self.server, self.memories = self._init()
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def rounds(self) -> Iterator[RoundRecord]:
+        """Every round of the run, in order, each when it is finished."""
+        waiting: _Open | None = None
+        for round in range(1, self.spec.rounds + 1):
+            started = time.perf_counter()
+            cohort = self.spec.sample_cohort(round)
+            handle = self.runtime.put(
+                Broadcast(round=round, server=self.server, memories=self.memories, cohort=cohort)
+            )
+            sums, results = self._gather(round, handle, cohort, waiting)
+            if waiting is not None:
+                yield self._close(waiting)
+            waiting = self._settle(round, cohort, sums, results)
+            waiting.row["time/round_s"] = time.perf_counter() - started
+        if waiting is not None:
+            for reply in self.runtime.run(None, (), self._evaluations(waiting)):
+                assert isinstance(reply, EvalReply)
+                waiting.scores.setdefault(reply.tag, {})[reply.start] = reply.scores
+            yield self._close(waiting)
+
+    def _gather(
+        self, round: int, handle: Any, cohort: tuple[int, ...], waiting: _Open | None
+    ) -> tuple[Sums, list[ClientResult]]:
+        sizes = np.diff(self.population.starts)
+        clients = [(client, float(self.spec.trainer.num_steps(int(sizes[client])))) for client in cohort]
+        evaluations = [] if waiting is None else self._evaluations(waiting)
+        sums, results = Sums(), []
+        for reply in self.runtime.run(handle, clients, evaluations):
+            if isinstance(reply, EvalReply):
+                assert waiting is not None
+                waiting.scores.setdefault(reply.tag, {})[reply.start] = reply.scores
+                continue
+            if reply.payload is not None:
+                # The server knows the mask that it sent: the upload of an unchanged one names it in a byte.
+                sent = self.worker.intern(self.server.mask)
+                sums.add(self.worker.receive(reply.payload, sent), who=who(reply.results[0].client, round))
+            if reply.sums is not None:
+                sums.merge(reply.sums)
+            results.extend(reply.results)
+        return sums, sorted(results, key=lambda result: result.client)
+
+    def _settle(self, round: int, cohort: tuple[int, ...], sums: Sums, results: list[ClientResult]) -> _Open:
+        spec, old_mask = self.spec, self.server.mask
+        ctx = self._context(round, cohort)
+        server, memories, before = self.server, list(self.memories), None
+        for at in reversed(range(len(spec.policies))):
+            name, policy = spec.policies[at]
+            try:
+                settled, sums, memories[at] = policy.settle(server, sums, memories[at], ctx)
+            except FedrayError:
+                raise
+            except Exception as error:
+                raise RunError(f"round {round}, {name}.settle: {type(error).__name__}: {error}") from error
+            if before is None and not _same_mask(server.mask, settled.mask):
+                before = server  # what a pruning event found
+            server = settled
+        self.server = replace(server, mask=self.worker.intern(server.mask))
+        self.memories = tuple(memories)
+        wanted = self._evaluates(round)
+        row = self._row(round, results, old_mask)
+        return _Open(row, results, self.server, before if wanted else None, wanted)
+
+    def _init(self) -> tuple[Server, tuple[Any, ...]]:
+        server = Server(params=self.worker.origin, buffers=self.worker.origin_buffers)
+        ctx = self._context(0, ())
+        memories = []
+        for _, policy in self.spec.policies:
+            server, memory = policy.init_server(server, ctx)
+            memories.append(memory)
+        return replace(server, mask=self.worker.intern(server.mask)), tuple(memories)
+
+    def _context(self, round: int, cohort: tuple[int, ...]) -> Context:
+        spec = self.spec
+        return Context(
+            round=round,
+            key=spec.key.fold("round", round, "server"),
+            num_clients=spec.num_clients,
+            cohort=cohort,
+            origin=self.worker.origin,
+            prunable=self.worker.prunable,
+            lr=spec.trainer.learning_rate.at(max(round, 1), spec.rounds),
+        )
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def _evaluates(self, round: int) -> bool:
+        every = self.spec.evaluation.every
+        return every > 0 and (round % every == 0 or round == self.spec.rounds)
+
+    def _evaluations(self, waiting: _Open) -> list[EvalWork]:
+        if not waiting.wanted:
+            return []
+        work = []
+        batch = self.spec.evaluation.batch_size
+        models = [("after", waiting.server)] + ([("before", waiting.before)] if waiting.before is not None else [])
+        for tag, server in models:
+            handle = self.runtime.put(server)
+            for start in range(0, self.population.num_test, batch * CHUNK_BATCHES):
+                stop = min(start + batch * CHUNK_BATCHES, self.population.num_test)
+                work.append(EvalWork(handle=handle, start=start, stop=stop, batch_size=batch, tag=tag))
+        return work
+
+    def _evaluated_clients(self, cohort: list[int]) -> list[int]:
+        chosen = self.spec.evaluation.clients
+        if chosen == "cohort":
+            return cohort
+        if chosen == "all":
+            return list(range(self.spec.num_clients))
+        picked = self.spec.key.fold("eval_clients").numpy().choice(self.spec.num_clients, chosen, replace=False)
+        return sorted(int(client) for client in picked)
+
+    def _close(self, waiting: _Open) -> RoundRecord:
+        row = waiting.row
+        clients = {
+            result.client: {
+                "round": row["round"],
+                "client": result.client,
+                "num_examples": result.num_examples,
+                "num_steps": result.num_steps,
+                "train/loss": result.loss,
+                "time/train_s": result.seconds,
+            }
+            for result in waiting.results
+        }
+        accuracies: list[float] | None = None
+        if waiting.wanted:
+            scores = _joined(waiting.scores["after"])
+            row |= {f"test/{name}": float(values.mean(dtype=np.float64)) for name, values in scores.items()}
+            main = self.spec.task.metrics[0]
+            if waiting.before is not None:
+                before = _joined(waiting.scores["before"])[main]
+                row[f"test/{main}_before_prune"] = float(before.mean(dtype=np.float64))
+                row[f"test/{main}_after_prune"] = row[f"test/{main}"]
+            # One model for all: a client's local test is a choice of rows that are scored already.
+            accuracies = []
+            for client in self._evaluated_clients(list(clients)):
+                mine = float(scores[main][self.population.local_test(client)].mean(dtype=np.float64))
+                accuracies.append(mine)
+                clients.setdefault(client, {"round": row["round"], "client": client})[f"test/{main}"] = mine
+            if accuracies:
+                row[f"client/{main}_mean"] = float(np.mean(accuracies))
+                row[f"client/{main}_p10"] = float(np.percentile(accuracies, 10))
+                row[f"client/{main}_p90"] = float(np.percentile(accuracies, 90))
+        transfers = [entry for result in waiting.results for transfer in result.transfers for entry in transfer.rows()]
+        return RoundRecord(row=row, clients=list(clients.values()), transfers=transfers, accuracies=accuracies)
+
+    # -- metrics -------------------------------------------------------------------------------------------------
+
+    def _row(self, round: int, results: list[ClientResult], old_mask: Mask | None) -> dict[str, Any]:
+        mask, prunable = self.server.mask, self.worker.prunable
+        trained = [result for result in results if result.num_steps]
+        weights = sum(result.num_examples for result in trained)
+        row: dict[str, Any] = {"round": round}
+        row["train/loss"] = sum(r.loss * r.num_examples for r in trained) / weights if weights else float("nan")
+        row["model/sparsity"] = 0.0 if mask is None else mask.sparsity(prunable)
+        row["model/sparsity_all"] = 0.0 if mask is None else mask.sparsity()
+        if mask is not None:
+            row |= {f"model/layer_sparsity/{name}": mask.sparsity((name,)) for name in prunable}
+            row["prune/churn"] = _churn(old_mask, mask, prunable)
+        row["model/flops"] = costs.masked_flops(self.flops, mask)
+        # Clients train under the mask that they were sent.
+        per_sample = costs.TRAIN_FACTOR * costs.masked_flops(self.flops, old_mask)
+        self.train_flops += per_sample * sum(result.num_seen for result in results)
+        row["model/train_flops"] = self.train_flops
+        row |= self.ledger.enter(transfer for result in results for transfer in result.transfers)
+        row["time/train_s"] = sum(result.seconds for result in results)
+        row["digest"] = digest(self.server)
+        return row
+
+    def _dense_flops(self) -> dict[str, int]:
+        import torch
+
+        sample = torch.zeros(1, *self.population.sample_shape, device=self.worker.engine.device)
+        return costs.forward_flops(self.worker.engine.module, sample)
+
+
+def digest(server: Server) -> str:
+    """32 hex digits that name weights, mask and buffers; equal digests are equal bits."""
+    state = hashlib.blake2b(digest_size=16)
+    state.update(server.params.flat.numpy().data)
+    state.update(server.buffers.flat.numpy().data)
+    state.update(b"" if server.mask is None else server.mask.digest)
+    return state.hexdigest()
+
+
+def _same_mask(a: Mask | None, b: Mask | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a is b or a.digest == b.digest
+
+
+def _churn(old: Mask | None, new: Mask, prunable: tuple[str, ...]) -> float:
+    """Fraction of the prunable coordinates whose place in the mask changed."""
+    changed = total = 0
+    for name in prunable:
+        changed += int((new[name] != old[name]).sum()) if old is not None else int((~new[name]).sum())
+        total += new[name].numel()
+    return changed / total if total else 0.0
+
+
+def _joined(pieces: Mapping[int, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The scores of all test rows in order, whatever order the pieces came in."""
+    ordered = [pieces[start] for start in sorted(pieces)]
+    return {name: np.concatenate([piece[name] for piece in ordered]) for name in ordered[0]}

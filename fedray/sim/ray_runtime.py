@@ -1,0 +1,506 @@
+"""Rounds on Ray: a driver actor per run, client actors in its placement group.
+
+This module imports neither torch nor the model code at its top: actor processes load them in their constructors,
+all at the same time.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    GetTimeoutError,
+    ObjectLostError,
+    OutOfMemoryError,
+    OwnerDiedError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from fedray.errors import ClientError, ConfigError, FedrayError, RunError
+from fedray.sim.plan import Cluster, Plan
+
+if TYPE_CHECKING:
+    from fedray.round import Server
+    from fedray.sim.client import Broadcast, EvalReply, TrainReply
+    from fedray.sim.runtime import EvalWork
+
+LOST = (RayActorError, WorkerCrashedError, OwnerDiedError, ObjectLostError, OutOfMemoryError)
+"""What a dead process looks like to whoever waits for it."""
+MAX_DEATHS = 3
+POLL_SECONDS = 0.5  # how soon a run that waits for an answer notices that it was asked to stop
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sealed:
+    """A run on its way to an actor. code: the user's own modules, zipped; they must be there before unpickling."""
+
+    code: bytes
+    spec: bytes
+
+    def open(self) -> Any:
+        """Make the user's modules importable in this process and unpickle the specification."""
+        if self.code:
+            folder = tempfile.mkdtemp(prefix="fedray-code-")
+            with zipfile.ZipFile(io.BytesIO(self.code)) as archive:
+                archive.extractall(folder)
+            sys.path.insert(0, folder)
+        return pickle.loads(self.spec)
+
+
+def zip_code(folder: str | None) -> bytes:
+    """The Python files below a folder, so that code beside --config-dir can be imported in every actor."""
+    if folder is None or not any(Path(folder).rglob("*.py")):
+        return b""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for path in sorted(Path(folder).rglob("*.py")):
+            archive.write(path, path.relative_to(folder))
+    return buffer.getvalue()
+
+
+# -- joining and leaving a cluster -----------------------------------------------------------------------------------
+
+TOKEN_HELP = (
+    "If it wants a token: export RAY_AUTH_MODE=token here and on every node, with the same RAY_AUTH_TOKEN (or "
+    "RAY_AUTH_TOKEN_PATH; `ray get-auth-token --generate` makes one). In a network that you trust: export "
+    "RAY_AUTH_MODE=disabled on all of them"
+)
+
+
+def connect(address: str | None, *, num_cpus: int | None, temp_dir: str | None) -> bool:
+    """Join the cluster at `address` (or RAY_ADDRESS), or start a local one; whether this call did it."""
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet = {"logging_level": "ERROR", "log_to_driver": False}
+    if address or os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(address=address or "auto", **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(
+                f"runtime.address is {address or os.environ['RAY_ADDRESS']!r}; no Ray cluster answers there "
+                f"({reason}). {TOKEN_HELP}"
+            ) from error
+        return True
+    ray.init(num_cpus=num_cpus, include_dashboard=True, dashboard_port=0, _temp_dir=temp_dir, **quiet)
+    return True
+
+
+def look_at_cluster() -> Cluster:
+    """What the cluster has in all."""
+    total = ray.cluster_resources()
+    memory = 0.0
+    gpu_bytes = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            memory += node["Resources"].get("memory", 0.0)
+    return Cluster(
+        cpus=total.get("CPU", 0.0), gpus=total.get("GPU", 0.0), memory_bytes=memory, gpu_bytes=gpu_bytes
+    )
+
+
+def wait_for_group(group: PlacementGroup, plan: Plan, note: Callable[[str], None]) -> None:
+    """Wait until the run's bundles are its own; says what is missing while others hold it."""
+    waited = 0
+    while not group.wait(timeout_seconds=15):
+        waited += 15
+        free = ray.available_resources()
+        note(
+            f"waiting for {plan.slots} x {plan.bundle}: free now {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU "
+            f"({waited} s); other runs hold the rest"
+        )
+
+
+# -- actors ----------------------------------------------------------------------------------------------------------
+
+
+class ClientActor:
+    """A process that hosts clients. Holds their records between rounds; they are also what its calls return."""
+
+    def __init__(self, sealed: Sealed, population: Any) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        from fedray.sim.client import Worker
+
+        self.worker = Worker(sealed.open(), population)
+        self.records: dict[int, tuple[int, Any]] = {}
+
+    def ready(self) -> tuple[int, str, str]:
+        """Process id, the engine that was resolved, and why."""
+        return os.getpid(), self.worker.engine.kind, self.worker.engine.reason
+
+    def train(
+        self, broadcast: Broadcast, clients: Sequence[int], versions: Sequence[int], *held: Mapping[int, Any]
+    ) -> tuple[Any, Mapping[int, Any]]:
+        """Train clients. versions: the round of each one's committed record, 0 for none.
+
+        held: records of clients whose committed version this process does not have.
+        """
+        try:
+            mine: dict[int, Any] = {}
+            for client, version in zip(clients, versions, strict=True):
+                if version == 0:
+                    continue
+                if self.records.get(client, (0, None))[0] != version:
+                    found = [records[client] for records in held if client in records]
+                    self.records[client] = (version, found[0])
+                mine[client] = self.records[client][1]
+            reply, changed = self.worker.train(broadcast, clients, mine)
+            for client, record in changed.items():
+                self.records[client] = (broadcast.round, record)
+            return reply, changed
+        except FedrayError as error:
+            return Failure.of(error), {}
+
+    def evaluate(self, server: Server, start: int, stop: int, batch_size: int, tag: str) -> Any:
+        """Score test rows start to stop."""
+        try:
+            return self.worker.evaluate(server, start, stop, batch_size, tag)
+        except FedrayError as error:
+            return Failure.of(error)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error of ours as a value, so that it arrives as itself and not wrapped in Ray's."""
+
+    error: FedrayError
+    trace: str
+
+    @classmethod
+    def of(cls, error: FedrayError) -> Failure:
+        return cls(error, traceback.format_exc())
+
+
+@dataclass
+class _Call:
+    """One call in flight or waiting. actor None: any."""
+
+    cost: float
+    actor: int | None
+    clients: tuple[int, ...] = ()
+    evaluation: EvalWork | None = None
+
+
+class RayRuntime:
+    """Client actors in a placement group; lives in the driver process, which owns them."""
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        sealed: Sealed,
+        population: Any,
+        group: PlacementGroup | None,
+        seed: int,
+        log_path: str,
+        stop: threading.Event,
+    ) -> None:
+        self.plan = plan
+        self.seed = seed
+        self.log_path = log_path
+        self.stop = stop
+        self.homes: dict[int, int] = {}
+        self.committed: dict[int, tuple[int, Any]] = {}
+        self.held_by: dict[int, int] = {}  # the actor that has a client's committed record in its memory
+        self.deaths: dict[int, int] = {}
+        self.losses: list[str] = []  # for the log
+        remote = ray.remote(ClientActor)
+        self.actors = [
+            remote.options(
+                num_cpus=plan.actor_cpus,
+                num_gpus=plan.actor_gpus,
+                max_restarts=-1,
+                max_task_retries=0,
+                scheduling_strategy=None
+                if group is None
+                else PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index % plan.slots),
+            ).remote(sealed, population)
+            for index in range(plan.actors)
+        ]
+
+    def take_losses(self) -> list[str]:
+        losses, self.losses = self.losses, []
+        return losses
+
+    def wait_ready(self) -> tuple[str, str]:
+        """Until every actor has loaded its model."""
+        waiting = {actor.ready.remote(): index for index, actor in enumerate(self.actors)}
+        answers: dict[int, tuple[int, str, str]] = {}
+        attempts = dict.fromkeys(range(len(self.actors)), 0)
+        while waiting:
+            for ref in self._wait(list(waiting)):
+                index = waiting.pop(ref)
+                try:
+                    answers[index] = ray.get(ref)
+                except RayTaskError as error:
+                    raise _cause(error) from error
+                except ActorDiedError as error:
+                    # A constructor that raises ends the actor for good; the reason is in the error.
+                    if "creation" in str(error):
+                        raise RunError(f"a client actor could not start: {_last_line(str(error))}") from error
+                    attempts[index] = self._count(attempts[index], f"actor {index}", error)
+                    waiting[self.actors[index].ready.remote()] = index
+                except LOST as error:
+                    attempts[index] = self._count(attempts[index], f"actor {index}", error)
+                    waiting[self.actors[index].ready.remote()] = index
+        self.pids = [answers[index][0] for index in range(len(self.actors))]
+        return answers[0][1], answers[0][2]
+
+    def put(self, value: Broadcast | Server) -> Any:
+        return ray.put(value)
+
+    def run(
+        self, broadcast: Any, clients: Sequence[tuple[int, float]], evaluations: Sequence[EvalWork]
+    ) -> Iterator[TrainReply | EvalReply]:
+        """At most one call in flight per slot and per actor; training first, the longest first."""
+        waiting = sorted(self._train_calls(clients), key=lambda call: -call.cost)
+        waiting += [_Call(cost=0.0, actor=None, evaluation=work) for work in evaluations]
+        flying: dict[Any, tuple[_Call, int, Any]] = {}
+        busy: set[int] = set()
+        while waiting or flying:
+            while len(flying) < self.plan.slots:
+                call = next((c for c in waiting if c.actor is None or c.actor not in busy), None)
+                if call is None:
+                    break
+                actor = call.actor if call.actor is not None else self._idle(busy)
+                if actor is None:
+                    break
+                waiting.remove(call)
+                busy.add(actor)
+                ref, records = self._submit(call, actor, broadcast)
+                flying[ref] = (call, actor, records)
+            for ref in self._wait(list(flying)):
+                call, actor, records = flying.pop(ref)
+                busy.discard(actor)
+                reply = self._receive(ref, call, actor, records, waiting)
+                if reply is not None:
+                    yield reply
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _train_calls(self, clients: Sequence[tuple[int, float]]) -> list[_Call]:
+        """One call an actor. Where every slot has one actor, clients move so that the slots end together."""
+        chunks: dict[int, list[tuple[int, float]]] = {}
+        movable = self.plan.actors == self.plan.slots
+        load = dict.fromkeys(range(self.plan.actors), 0.0)
+        fair = sum(cost + 1 for _, cost in clients) / self.plan.slots
+        for client, cost in sorted(clients, key=lambda pair: (-pair[1], pair[0])):
+            actor = self.homes.get(client, self.plan.home(client))
+            if movable and load[actor] + cost + 1 > fair * 1.02:
+                actor = min(load, key=lambda index: (load[index], index))
+            load[actor] += cost + 1
+            self.homes[client] = actor
+            chunks.setdefault(actor, []).append((client, cost))
+        return [
+            _Call(cost=sum(cost for _, cost in chunk), actor=actor, clients=tuple(sorted(c for c, _ in chunk)))
+            for actor, chunk in chunks.items()
+        ]
+
+    def _idle(self, busy: set[int]) -> int | None:
+        return next((index for index in range(len(self.actors)) if index not in busy), None)
+
+    def _submit(self, call: _Call, actor: int, broadcast: Any) -> tuple[Any, Any]:
+        handle = self.actors[actor]
+        if call.evaluation is not None:
+            work = call.evaluation
+            return handle.evaluate.remote(work.handle, work.start, work.stop, work.batch_size, work.tag), None
+        versions, held = [], {}
+        for client in call.clients:
+            version, ref = self.committed.get(client, (0, None))
+            versions.append(version)
+            if ref is not None and self.held_by.get(client) != actor:
+                held[ref] = None
+        reply, records = handle.train.options(num_returns=2).remote(broadcast, call.clients, versions, *held)
+        return reply, records
+
+    def _receive(self, ref: Any, call: _Call, actor: int, records: Any, waiting: list[_Call]) -> Any:
+        try:
+            reply = ray.get(ref)
+        except RayTaskError as error:
+            raise _cause(error) from error
+        except LOST as error:
+            self._lost(call, actor, error, waiting)
+            return None
+        if isinstance(reply, Failure):
+            raise reply.error
+        for result in getattr(reply, "results", ()):
+            if result.record_changed:
+                self.committed[result.client] = (result.transfers[0].round, records)
+                self.held_by[result.client] = actor
+            elif result.client in self.committed:
+                self.held_by[result.client] = actor
+        return reply
+
+    def _lost(self, call: _Call, actor: int, error: Exception, waiting: list[_Call]) -> None:
+        """A process died under this call: repeat it, one client at a time, so that a culprit is found."""
+        for client in [c for c, holder in self.held_by.items() if holder == actor]:
+            del self.held_by[client]
+        self.losses.append(f"actor {actor} died under {call.clients or 'an evaluation'}: {_last_line(str(error))}")
+        time.sleep(0.1)
+        if call.evaluation is not None:
+            call.cost -= 1
+            if call.cost <= -MAX_DEATHS:
+                raise RunError(f"an evaluation lost its actor {MAX_DEATHS} times ({_last_line(str(error))}); see {self.log_path}")
+            waiting.append(call)
+            return
+        for client in call.clients:
+            self.deaths[client] = self._count(self.deaths.get(client, 0), f"client {client}", error)
+            waiting.insert(0, _Call(cost=call.cost, actor=actor, clients=(client,)))
+
+    def _count(self, deaths: int, whose: str, error: Exception) -> int:
+        if deaths + 1 >= MAX_DEATHS:
+            raise ClientError(
+                f"{whose} lost its actor {MAX_DEATHS} times ({_last_line(str(error))}); seed {self.seed}, "
+                f"log {self.log_path}"
+            )
+        return deaths + 1
+
+    def _wait(self, refs: list[Any]) -> list[Any]:
+        while True:
+            if self.stop.is_set():
+                from fedray.sim.runtime import Stopped
+
+                raise Stopped
+            ready, _ = ray.wait(refs, num_returns=1, timeout=POLL_SECONDS, fetch_local=False)
+            if ready:
+                return ready
+
+
+def _cause(error: RayTaskError) -> Exception:
+    """Our own error from inside a Ray task error; anything else as a RunError with its last line."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, FedrayError) else RunError(_last_line(str(error)))
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"
+
+
+# -- the driver ------------------------------------------------------------------------------------------------------
+
+
+class DriverActor:
+    """One run, from its first round to its last. Owns the client actors: they end when it does."""
+
+    def __init__(
+        self, sealed: Sealed, population: list[Any], plan: Plan, group: PlacementGroup, seed: int, recording: Any
+    ) -> None:
+        # population: a list of one reference, which Ray therefore does not resolve; client actors get it as it is.
+        self.sealed, self.population, self.recording = sealed, population, recording
+        self.plan, self.group, self.seed = plan, group, seed
+        self.stopping = threading.Event()
+
+    def rounds(self) -> Iterator[dict[str, Any]]:
+        """The events of `drive`, for the main process."""
+        # The client processes start first and load torch while this one does.
+        runtime = RayRuntime(
+            plan=self.plan,
+            sealed=self.sealed,
+            population=self.population[0],
+            group=self.group,
+            seed=self.seed,
+            log_path=self.recording.log_path,
+            stop=self.stopping,
+        )
+        import torch
+
+        torch.set_num_threads(1)
+        from fedray.sim.drive import drive
+
+        spec = self.sealed.open()
+        yield from drive(spec, ray.get(self.population[0]), runtime, self.recording)
+
+    def stop(self) -> None:
+        """Ask the run to end after what it is doing; called from the main process beside `rounds`."""
+        self.stopping.set()
+
+
+def start_driver(
+    sealed: Sealed, population: Any, plan: Plan, group: PlacementGroup, *, seed: int, recording: Any
+) -> tuple[Any, Any]:
+    """Put the population into the object store and start a driver; returns the actor and its stream of events."""
+    driver = (
+        ray.remote(concurrency_groups={"control": 1})(DriverActor)
+        .options(
+            num_cpus=plan.driver_cpus,
+            max_restarts=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+        )
+        .remote(sealed, [ray.put(population)], plan, group, seed, recording)
+    )
+    return driver, driver.rounds.options(num_returns="streaming").remote()
+
+
+def events(driver: Any, stream: Any) -> Iterator[dict[str, Any]]:
+    """What the driver reports, as it happens. Raises RunError if its process dies."""
+    try:
+        for ref in stream:
+            yield ray.get(ref)
+    except LOST as error:
+        raise RunError(f"the driver's process died: {_last_line(str(error))}") from error
+    except RayTaskError as error:
+        raise _cause(error) from error
+
+
+def finish(driver: Any, stream: Any, group: PlacementGroup, *, interrupted: bool) -> None:
+    """Leave nothing behind. An interrupted run gets ten seconds to write what it has."""
+    try:
+        if interrupted and stream is not None:
+            ray.get(driver.stop.options(concurrency_group="control").remote(), timeout=5)
+            deadline = time.monotonic() + 10
+            for ref in stream:
+                ray.get(ref, timeout=max(deadline - time.monotonic(), 0.1))
+    except (*LOST, RayTaskError, GetTimeoutError, StopIteration):
+        pass  # it is being ended anyway; what was finished is on disk
+    finally:
+        if driver is not None:
+            ray.kill(driver)
+        remove_placement_group(group)
+
+
+def reserve(plan: Plan, note: Callable[[str], None]) -> PlacementGroup:
+    """The run's bundles, all or none, so that two runs cannot wait for each other."""
+    group = placement_group([dict(plan.bundle) for _ in range(plan.slots)], strategy="PACK")
+    try:
+        wait_for_group(group, plan, note)
+    except BaseException:
+        remove_placement_group(group)
+        raise
+    return group
+
+
+def probe_gpu(sealed: Sealed, population: Any) -> tuple[int, int]:
+    """(memory of a GPU, peak allocation of the largest client on it), in bytes, measured in a process of its own."""
+
+    def measure(sealed: Sealed, population: Any) -> tuple[int, int]:
+        import torch
+
+        from fedray.sim.client import peak_gpu_bytes
+
+        return torch.cuda.get_device_properties(0).total_memory, peak_gpu_bytes(sealed.open(), population)
+
+    answer = ray.get(ray.remote(measure).options(num_gpus=1, max_retries=0, max_calls=1).remote(sealed, ray.put(population)))
+    return int(answer[0]), int(answer[1])

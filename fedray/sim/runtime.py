@@ -1,0 +1,83 @@
+"""Where calls run. The inline runtime is here; the Ray runtime keeps the same promise in `ray_runtime`.
+
+A runtime answers calls in any order: nothing that the driver does with the answers may depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fedray.round import Server
+from fedray.sim.client import Broadcast, EvalReply, Record, TrainReply, Worker
+from fedray.sim.population import Population
+from fedray.sim.spec import RunSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalWork:
+    """Score test rows start to stop with the model behind `handle` (of a Server). tag: for the driver."""
+
+    handle: Any
+    start: int
+    stop: int
+    batch_size: int
+    tag: str
+
+
+class Stopped(Exception):
+    """The run was asked to stop."""
+
+
+class Runtime(Protocol):
+    """Runs the work of a round."""
+
+    def wait_ready(self) -> tuple[str, str]:
+        """Until clients can be trained; the training engine that they resolved to, and why."""
+        ...
+
+    def take_losses(self) -> list[str]:
+        """One line for each process lost since the last call."""
+        ...
+
+    def put(self, value: Broadcast | Server) -> Any:
+        """A handle to a value that many calls will read."""
+        ...
+
+    def run(
+        self, broadcast: Any, clients: Sequence[tuple[int, float]], evaluations: Sequence[EvalWork]
+    ) -> Iterator[TrainReply | EvalReply]:
+        """Train clients, given as (client, cost), and evaluate; training goes first. Answers in any order.
+
+        broadcast: the handle of this round's Broadcast; None if no client trains.
+        """
+        ...
+
+
+class InlineRuntime:
+    """Everything in this process, one call for the whole cohort: for breakpoints, tests and tiny runs."""
+
+    def __init__(self, spec: RunSpec, population: Population, worker: Worker | None = None) -> None:
+        self.worker = worker if worker is not None else Worker(spec, population)
+        self.records: dict[int, Record] = {}
+
+    def wait_ready(self) -> tuple[str, str]:
+        return self.worker.engine.kind, self.worker.engine.reason
+
+    def take_losses(self) -> list[str]:
+        return []
+
+    def put(self, value: Broadcast | Server) -> Any:
+        return value
+
+    def run(
+        self, broadcast: Any, clients: Sequence[tuple[int, float]], evaluations: Sequence[EvalWork]
+    ) -> Iterator[TrainReply | EvalReply]:
+        if clients:
+            members = [client for client, _ in clients]
+            reply, changed = self.worker.train(broadcast, members, {c: self.records.get(c) for c in members})
+            self.records.update(changed)
+            yield reply
+        for work in evaluations:
+            yield self.worker.evaluate(work.handle, work.start, work.stop, work.batch_size, work.tag)

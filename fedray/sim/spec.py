@@ -1,0 +1,88 @@
+"""Everything that a run is, as plain frozen values. Actors get this and the population, and never see Hydra."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fedray.keys import Key
+from fedray.models import Task
+from fedray.round import Optim, Policy, RunFacts
+from fedray.train import LearningRate
+from fedray.train.engine import EngineKind
+from fedray.wire import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSpec:
+    """Local training. Exactly one of epochs and steps is set. batch_size in examples."""
+
+    learning_rate: LearningRate
+    batch_size: int
+    epochs: int | None
+    steps: int | None
+    optim: Optim
+    engine: EngineKind
+
+    def num_steps(self, num_examples: int) -> int:
+        """Optimiser steps of a client with this many examples; the last batch of an epoch may be smaller."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return self.epochs * math.ceil(num_examples / self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSpec:
+    """every: rounds between evaluations; 0 for none at all. clients: whose local tests are reported."""
+
+    every: int
+    clients: Literal["cohort", "all"] | int
+    batch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """One run.
+
+    policies: (name, policy), inner to outer. down, up: how values are written in each direction.
+    config: the whole resolved configuration, nested, for records; nothing is read from it.
+    """
+
+    run_id: str
+    name: str
+    seed: int
+    rounds: int
+    num_clients: int
+    cohort: int
+    task: Task
+    policies: tuple[tuple[str, Policy[Any, Any]], ...]
+    down: Stage
+    up: Stage
+    trainer: TrainerSpec
+    evaluation: EvalSpec
+    device: str = "cpu"
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> Key:
+        return Key.of(self.seed)
+
+    def facts(self) -> RunFacts:
+        """What policies may look at when they refuse bad company."""
+        return RunFacts(
+            rounds=self.rounds,
+            num_clients=self.num_clients,
+            cohort=self.cohort,
+            optim=self.trainer.optim,
+            epochs=self.trainer.epochs,
+            steps=self.trainer.steps,
+            policies=self.policies,
+        )
+
+    def sample_cohort(self, round: int) -> tuple[int, ...]:
+        """The clients of a round: uniform without replacement, sorted; a function of the seed and the round."""
+        chosen = self.key.fold("round", round, "cohort").numpy().choice(self.num_clients, self.cohort, replace=False)
+        return tuple(sorted(int(client) for client in chosen))

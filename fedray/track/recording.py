@@ -1,0 +1,73 @@
+"""Everything that a run leaves behind, opened in the driver's process: the store, W&B and the log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedray.track.store import Status, Store
+from fedray.track.wandb import WandbConfig, WandbTracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """What is needed to open a recorder, as plain values. folder: the run directory."""
+
+    folder: str
+    run_id: str
+    config_yaml: str
+    config: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    wandb: WandbConfig
+
+    @property
+    def log_path(self) -> str:
+        return str(Path(self.folder) / "log.txt")
+
+    def open(self) -> Recorder:
+        return Recorder(self)
+
+
+class Recorder:
+    """Writes each finished round: to disk first, then to W&B, which is a view of it."""
+
+    def __init__(self, recording: Recording) -> None:
+        folder = Path(recording.folder)
+        self._log = Path(recording.log_path)
+        self._facts: dict[str, Any] = {}
+        self._last: Mapping[str, Any] | None = None
+        self._store = Store.create(folder, config_yaml=recording.config_yaml, manifest=recording.manifest)
+        self.log(f"run {recording.run_id} starts")
+        self._wandb = WandbTracker(
+            recording.wandb, run_dir=folder, run_id=recording.run_id, run_config=recording.config
+        )
+
+    def write(
+        self,
+        row: Mapping[str, Any],
+        clients: Sequence[Mapping[str, Any]],
+        transfers: Sequence[Mapping[str, Any]],
+        accuracies: Sequence[float] | None,
+    ) -> None:
+        """A round is finished when this returns."""
+        self._store.write(row, clients, transfers)
+        self._wandb.log(row, accuracies)
+        self._last = row
+
+    def update(self, **facts: Any) -> None:
+        """Facts for the manifest that are known only once the run has started."""
+        self._facts |= facts
+
+    def log(self, text: str) -> None:
+        """Append to log.txt."""
+        with self._log.open("a", encoding="utf-8") as file:
+            file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {text.rstrip()}\n")
+
+    def finish(self, status: Status, **facts: Any) -> None:
+        """Close everything; the manifest and W&B's summary say how the run ended."""
+        self.log(f"run {status}" + (f": {facts['error']}" if "error" in facts else ""))
+        self._store.finish(status, **self._facts, **facts)
+        self._wandb.finish(self._last, failed=status == "failed")
