@@ -48,7 +48,7 @@ class FedDST(Policy[None, None]):
     rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
-        refuse(not 0.0 <= self.sparsity < 1.0, "sparsity", self.sparsity, "it is the fraction removed, in [0, 1)")
+        refuse(not 0.0 <= self.sparsity < 1.0, "sparsity", self.sparsity, "it is 0 to below 1; 0.9 keeps 1 in 10")
         refuse(self.allocation not in ALLOCATIONS, "allocation", self.allocation, f"choose {', '.join(ALLOCATIONS)}")
         refuse(self.initial not in ("magnitude", "random"), "initial", self.initial, "choose magnitude or random")
         refuse(self.every < 1, "every", self.every, "it is a number of rounds, at least 1")

@@ -47,7 +47,7 @@ class Magnitude(Policy[None, None]):
     rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
-        refuse(not 0.0 <= self.sparsity < 1.0, "sparsity", self.sparsity, "it is the fraction removed, in [0, 1)")
+        refuse(not 0.0 <= self.sparsity < 1.0, "sparsity", self.sparsity, "it is 0 to below 1; 0.9 keeps 1 in 10")
         refuse(self.ranking not in ("local", "global"), "ranking", self.ranking, "choose local or global")
         refuse(self.allocation not in ALLOCATIONS, "allocation", self.allocation, f"choose {', '.join(ALLOCATIONS)}")
         refuse(self.schedule not in KINDS, "schedule", self.schedule, f"choose {', '.join(KINDS)}")

@@ -52,7 +52,7 @@ class FedSGD(Policy[None, None]):
         for name in ("name", "momentum", "weight_decay", "clip_norm"):
             value, plain = getattr(run.optim, name), getattr(Optim(), name)
             if value != plain:
-                key = "trainer.optim" if name == "name" else f"trainer.{name}"
+                key = "trainer.optimizer" if name == "name" else f"trainer.{name}"
                 raise ConfigError(
                     f"{key} is {value!r}; strategy fedsgd runs no local optimiser, so it must be {plain!r}; set it so "
                     f"or take strategy=fedavg"

@@ -195,7 +195,7 @@ def test_sparsity_zero_is_the_dense_run_bit_for_bit(world, pruner):
 
 
 RATIO = "it is the fraction of kept weights swapped, 0 to 1"
-SPARSITY = "it is the fraction removed, in [0, 1)"
+SPARSITY = "it is 0 to below 1; 0.9 keeps 1 in 10"
 EXAMPLES = "it is a number of examples, at least 1, or null for all"
 ROUNDS = "it is a number of rounds, at least 1"
 PLACES = "choose uniform, er, erk"

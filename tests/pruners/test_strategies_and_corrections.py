@@ -159,7 +159,7 @@ def test_fedsgd_sends_the_mean_gradient_under_the_mask_and_nothing_without_a_ste
             "trainer.weight_decay is 0.1; strategy fedsgd runs no local optimiser, so it must be 0",
         ),
         ({"clip_norm": 1.0}, "trainer.clip_norm is 1.0; strategy fedsgd runs no local optimiser, so it must be None"),
-        ({"name": "adam"}, "trainer.optim is 'adam'; strategy fedsgd runs no local optimiser, so it must be 'sgd'"),
+        ({"name": "adam"}, "trainer.optimizer is 'adam'; strategy fedsgd runs no local optimiser, so it must be 'sgd'"),
         (
             {"epochs": 2.0},
             "trainer.epochs is 2.0 and trainer.steps is None; strategy fedsgd takes one gradient a round",
