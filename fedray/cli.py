@@ -76,19 +76,71 @@ def _hydra(arguments: list[str]) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from fedray.config import conf_folder, register
+    from fedray.launch import Interrupted
 
     register()
     # Hydra prints a traceback and exits with 1 unless it is told to let errors through.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     program = sys.argv[0]
-    sys.argv = [program, *arguments]
+    sys.argv = [program, *_options_first(arguments)]
+    failures: list[FedrayError] = []
+
+    def job(cfg: DictConfig) -> None:
+        # Hydra adds a line of its own to an error that it sees; and the other cells of a sweep shall go on.
+        try:
+            _job(cfg)
+        except Interrupted as error:
+            raise _Leave(error) from error
+        except FedrayError as error:
+            failures.append(error)
+
     try:
-        hydra.main(version_base="1.3", config_path=conf_folder(), config_name="config")(_job)()
+        hydra.main(version_base="1.3", config_path=conf_folder(), config_name="config")(job)()
+    except _Leave as leaving:
+        raise leaving.error from None
     except (HydraException, OmegaConfBaseException) as error:
         raise _composition_error(error, arguments) from error
     except SystemExit as stop:
         if stop.code not in (0, None):
             raise ConfigError(f"Hydra stopped with exit code {stop.code}") from stop
+    for failure in failures[:-1]:
+        _say(failure, EXIT_RUN)
+    if failures:
+        raise failures[-1]
+
+
+class _Leave(BaseException):
+    """Carries an interruption past Hydra, which keeps every Exception of a job."""
+
+    def __init__(self, error: FedrayError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _options_first(arguments: Sequence[str]) -> list[str]:
+    """Hydra's options before the overrides: its parser refuses overrides on both sides of an option."""
+    options, overrides = [], []
+    waiting = iter(arguments)
+    for argument in waiting:
+        name = argument.split("=", 1)[0]
+        if not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        if name not in FLAGS and name not in VALUE_OPTIONS:
+            raise ConfigError(f"{name} is not an option; there are {', '.join(o for o in (*FLAGS, *VALUE_OPTIONS) if o[1] == '-')}")
+        options.append(argument)
+        if name in VALUE_OPTIONS and "=" not in argument:
+            value = next(waiting, None)
+            if value is None:
+                raise ConfigError(f"{name} needs a value; see --help")
+            options.append(value)
+    return [*options, *overrides]
+
+
+FLAGS = ("--help", "-h", "--hydra-help", "--version", "--run", "-r", "--multirun", "-m", "--resolve", "--shell-completion", "-sc")
+VALUE_OPTIONS = (
+    "--cfg", "-c", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--info", "-i",
+)  # fmt: skip
 
 
 def _job(cfg: DictConfig) -> None:
@@ -198,9 +250,20 @@ def _export(arguments: list[str]) -> None:
         "--shrink", action="store_true", help="leave out units of which every weight is gone, where the next layer allows"
     )
     options = parser.parse_args(arguments)
+    from fedray.config import maker_of_run
     from fedray.sim.export import export
+    from fedray.track.store import read_manifest
 
-    print(export(options.run, format=options.format, output=options.output, shrink=options.shrink))
+    facts = read_manifest(options.run)
+    path, note = export(
+        options.run,
+        module=maker_of_run(facts),
+        sample_shape=tuple(facts["data"]["sample_shape"]),
+        format=options.format,
+        output=options.output,
+        shrink=options.shrink,
+    )
+    print(f"{path}: {note}")
 
 
 COMMANDS = {"export": _export}

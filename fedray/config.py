@@ -192,7 +192,7 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None) -> Assembly:
         config=config,
     )
     for name, policy in policies:
-        _under(name, lambda policy=policy: policy.check(spec.facts()))  # type: ignore[misc]
+        _under(name, lambda policy=policy: policy.check(spec.facts()))
 
     dataset = _make(config["data"], "data")
     if not isinstance(dataset, Dataset):
@@ -201,7 +201,7 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None) -> Assembly:
             "fedray.data.Dataset: use Dataset.of(...)"
         )
     dataset.check()
-    build = _model(config["model"], dataset)
+    build = _maker(config["model"], dataset.shape, dataset.num_classes)
     population, partition_hash = _population(dataset, partitioner, spec)
     task = Task(build=build, scope=scope)
     _try_model(task, dataset, spec)
@@ -211,7 +211,12 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None) -> Assembly:
         "name": spec.name,
         "seed": spec.seed,
         "rounds": spec.rounds,
-        "data": {"name": dataset.name, "digest": dataset.digest},
+        "data": {
+            "name": dataset.name,
+            "digest": dataset.digest,
+            "sample_shape": list(dataset.shape),
+            "num_classes": dataset.num_classes,
+        },
         "partition": partition_hash,
         "config": config,
     }
@@ -266,17 +271,18 @@ def _policies(config: dict[str, Any]) -> tuple[tuple[str, Policy[Any, Any]], ...
     return tuple(found)
 
 
-def _model(node: dict[str, Any], dataset: Dataset) -> Any:
+def _maker(node: dict[str, Any], shape: tuple[int, ...], num_classes: int) -> Any:
     """A picklable maker of the model; shape and num_classes come from the data where the model asks for them."""
+    facts = {"shape": shape, "num_classes": num_classes}
     target, arguments = _target(node, "model")
-    accepted = _accepted(target)
-    given = {"shape": dataset.shape, "num_classes": dataset.num_classes}
-    extra = {name: value for name, value in given.items() if accepted is None or name in accepted}
-    extra = {name: value for name, value in extra.items() if name not in arguments}
-    if accepted is None:
-        extra = {}
-    _check_arguments(target, {**arguments, **extra}, "model")
-    return partial(target, **{**arguments, **extra})
+    arguments = {**{k: v for k, v in facts.items() if k in (_accepted(target) or [])}, **arguments}
+    _check_arguments(target, arguments, "model")
+    return partial(target, **arguments)
+
+
+def maker_of_run(facts: Mapping[str, Any]) -> Any:
+    """The maker of the model of a recorded run, from its manifest."""
+    return _maker(facts["config"]["model"], tuple(facts["data"]["sample_shape"]), facts["data"]["num_classes"])
 
 
 def _try_model(task: Task, dataset: Dataset, spec: RunSpec) -> None:
@@ -378,7 +384,9 @@ def _check_skeleton(config: dict[str, Any]) -> None:
         config["cohort"],
         f"it must be at most num_clients, which is {config['num_clients']}; lower cohort or raise num_clients",
     )
-    _refuse(not config["name"] or "/" in config["name"], "name", config["name"], "it names a folder: no slash, not empty")
+    _refuse(
+        not config["name"] or "/" in config["name"], "name", config["name"], "it names a folder: no slash, not empty"
+    )
     clients = evaluation["clients"]
     good = clients in ("cohort", "all") or (_is_int(clients) and 1 <= clients <= config["num_clients"])
     _refuse(not good, "eval.clients", clients, f"write cohort, all or a number from 1 to {config['num_clients']}")
@@ -406,7 +414,11 @@ def _check_skeleton(config: dict[str, Any]) -> None:
         value = trainer[name]
         if value is None:
             continue
-        good = (low <= value < high) if name in ("momentum", "weight_decay") else (low < value <= high and value < math.inf)
+        good = (
+            (low <= value < high)
+            if name in ("momentum", "weight_decay")
+            else (low < value <= high and value < math.inf)
+        )
         bound = "below 1" if name == "momentum" else "at most 1" if name == "lr_decay" else "finite"
         start = "at least 0" if name in ("momentum", "weight_decay") else "above 0"
         _refuse(not good, f"trainer.{name}", value, f"it must be {start} and {bound}")
@@ -421,15 +433,18 @@ def _check_skeleton(config: dict[str, Any]) -> None:
     _refuse(not good, "trainer.betas", betas, "write two numbers from 0 to below 1, as in [0.9,0.999]")
     _refuse(runtime["kind"] not in ("ray", "inline"), "runtime.kind", runtime["kind"], "choose ray or inline")
     _refuse(
-        runtime["device"] not in ("auto", "cpu", "cuda"), "runtime.device", runtime["device"], "choose auto, cpu or cuda"
+        runtime["device"] not in ("auto", "cpu", "cuda"),
+        "runtime.device",
+        runtime["device"],
+        "choose auto, cpu or cuda",
     )
     for name in ("clients_per_actor", "slots"):
         value = runtime[name]
         good = value == "auto" or (_is_int(value) and value >= 1)
         _refuse(not good, f"runtime.{name}", value, "write auto or a number, at least 1")
     progress = config["tracker"]["progress"]
-    choices = ("auto", "live", "plain", "none")
-    _refuse(progress not in choices, "tracker.progress", progress, f"choose one of {', '.join(choices)}")
+    modes = ("auto", "live", "plain", "none")
+    _refuse(progress not in modes, "tracker.progress", progress, f"choose one of {', '.join(modes)}")
 
 
 def _refuse(bad: bool, key: str, value: object, rule: str) -> None:
@@ -479,7 +494,9 @@ def _target(node: Any, group: str) -> tuple[Any, dict[str, Any]]:
         ) from error
     if not callable(target):
         raise ConfigError(f"{group}._target_ is {path!r}; it must be a class or a function")
-    return target, {str(k): v for k, v in node.items() if k not in ("_target_", "_convert_", "_recursive_", "_partial_")}
+    return target, {
+        str(k): v for k, v in node.items() if k not in ("_target_", "_convert_", "_recursive_", "_partial_")
+    }
 
 
 def _accepted(target: Any) -> list[str] | None:
@@ -490,19 +507,25 @@ def _accepted(target: Any) -> list[str] | None:
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
-def _check_arguments(target: Any, arguments: dict[str, Any], group: str, typed: Mapping[str, Any] | None = None) -> None:
+def _check_arguments(
+    target: Any, arguments: dict[str, Any], group: str, typed: Mapping[str, Any] | None = None
+) -> None:
     name = getattr(target, "__qualname__", str(target))
     accepted = _accepted(target)
     for argument in arguments:
         if accepted is not None and argument not in accepted:
-            raise ConfigError(f"{group}.{argument} is not a setting of {name}; {_closest(argument, accepted, group + '.')}")
+            raise ConfigError(
+                f"{group}.{argument} is not a setting of {name}; {_closest(argument, accepted, group + '.')}"
+            )
     for parameter in inspect.signature(target).parameters.values():
         required = parameter.default is parameter.empty and parameter.kind in (
             parameter.POSITIONAL_OR_KEYWORD,
             parameter.KEYWORD_ONLY,
         )
         if required and parameter.name not in arguments:
-            raise ConfigError(f"{group}.{parameter.name} is not set; {name} needs it: write {group}.{parameter.name}=...")
+            raise ConfigError(
+                f"{group}.{parameter.name} is not set; {name} needs it: write {group}.{parameter.name}=..."
+            )
     hints = _hints(target)
     for argument, value in (arguments if typed is None else typed).items():
         if argument in hints and not conforms(value, hints[argument]):
@@ -574,5 +597,3 @@ def _closest(key: str, names: Sequence[str], prefix: str) -> str:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-

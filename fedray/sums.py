@@ -38,7 +38,8 @@ def _add_products(planes: np.ndarray, values: np.ndarray, weight: float) -> None
         block = values[start : start + BLOCK]
         p, r = product[: block.shape[0]], rounded[: block.shape[0]]
         stop = start + block.shape[0]
-        np.multiply(block, weight, out=p)
+        np.copyto(p, block)  # first: float32 times a Python float would be rounded to float32
+        np.multiply(p, weight, out=p)
         for plane, grid in zip(planes, GRIDS, strict=False):
             np.add(p, grid, out=r)
             np.subtract(r, grid, out=r)
@@ -156,25 +157,29 @@ class Sums:
         total = self._totals[name]
         if total.count > MAX_COUNT:
             raise NumericError(f"{total.count} contributions of part {name!r}; sums are exact up to {MAX_COUNT}")
-        value = total.planes[0] + total.planes[1]
-        value += total.planes[2]
-        if value.size and not np.abs(total.planes[0]).max() < MAX_SUM:
-            worst = int(np.abs(total.planes[0]).argmax())
-            raise NumericError(
-                f"the sum of part {name!r} in tensor {total.layout.locate(worst)!r} is {value[worst]:g}; sums are "
-                f"exact below 2^33. Lower trainer.lr, or weight clients uniformly"
-            )
-        if total.weight.ndim == 1:
-            value /= total.weight.sum()
-        else:
-            weight = total.weight[0] + total.weight[1]
-            weight += total.weight[2]
-            np.divide(value, weight, out=value, where=weight > 0)
-        mean = torch.from_numpy(value.astype(np.float32))
+        weight = total.weight if total.weight.ndim == 2 else float(total.weight.sum())
+        out = np.empty(total.layout.size, np.float32)
+        for start in range(0, total.layout.size, BLOCK):
+            here = slice(start, start + BLOCK)
+            value = total.planes[0, here] + total.planes[1, here]
+            value += total.planes[2, here]
+            if not -MAX_SUM < value.min() <= value.max() < MAX_SUM:
+                worst = start + int(np.abs(value).argmax())
+                raise NumericError(
+                    f"the sum of part {name!r} in tensor {total.layout.locate(worst)!r} reaches {np.abs(value).max():g}; "
+                    "sums are exact below 2^33. Lower trainer.lr, or weight clients uniformly"
+                )
+            if isinstance(weight, float):
+                value /= weight
+            else:
+                divisor = weight[0, here] + weight[1, here] + weight[2, here]
+                np.divide(value, divisor, out=value, where=divisor > 0)
+            out[here] = value
+        mean = torch.from_numpy(out)
         if total.weight.ndim == 2 or total.support is not None:
-            here = self.support(name).flat
+            vouched = self.support(name).flat
             instead = otherwise.flat if isinstance(otherwise, Tree) else torch.tensor(otherwise, dtype=torch.float32)
-            mean = torch.where(here, mean, instead)
+            mean = torch.where(vouched, mean, instead)
         return Tree(total.layout, mean)
 
 
@@ -184,9 +189,9 @@ def _refuse_unfit(name: str, part: Part, who: str) -> None:
     flat = part.value.flat
     if flat.numel() == 0:
         return
-    # One pass; the infinity norm is NaN if anything is.
-    largest = float(torch.linalg.vector_norm(flat, ord=float("inf"))) * part.weight
-    if largest < MAX_TERM:
+    # One pass; both are NaN if anything is.
+    low, high = torch.aminmax(flat)
+    if max(-float(low), float(high)) * part.weight < MAX_TERM:
         return
     bad = (~torch.isfinite(flat)).nonzero()
     at = int(bad[0]) if len(bad) else int(flat.abs().argmax())

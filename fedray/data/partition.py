@@ -237,7 +237,8 @@ def apportion(weights: np.ndarray, totals: np.ndarray) -> np.ndarray:
     shares, remainders = np.divmod(weights * totals[:, None], sums)
     rest = totals - shares.sum(axis=1)
     rank = np.argsort(np.argsort(-remainders, axis=1, kind="stable"), axis=1)
-    return shares + (rank < rest[:, None])
+    whole: np.ndarray = shares + (rank < rest[:, None])
+    return whole
 
 
 def _checked(labels: np.ndarray, num_clients: int, num_classes: int) -> np.ndarray:

@@ -20,7 +20,9 @@ class MLP(nn.Module):
     def __init__(self, *, shape: tuple[int, ...], num_classes: int, hidden: Sequence[int] = (200, 200)) -> None:
         super().__init__()
         if any(width < 1 for width in hidden):
-            raise ConfigError(f"model.hidden is {list(hidden)}; every width must be at least 1, as in model.hidden=[200,200]")
+            raise ConfigError(
+                f"model.hidden is {list(hidden)}; every width must be at least 1, as in model.hidden=[200,200]"
+            )
         layers: list[nn.Module] = [nn.Flatten()]
         for width_in, width_out in itertools.pairwise([math.prod(shape), *hidden, num_classes]):
             layers += [nn.Linear(width_in, width_out), nn.ReLU()]

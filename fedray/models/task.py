@@ -76,7 +76,7 @@ class Task:
     def module(self, key: Key) -> nn.Module:
         """A module with the initial parameters that belong to this key; the global generator is left alone."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(key.seed)
+            torch.default_generator.manual_seed(key.seed)
             module = self.build()
         if not isinstance(module, nn.Module):
             raise ConfigError(f"model._target_ made a {type(module).__name__}; it must make a torch.nn.Module")

@@ -46,7 +46,8 @@ def sparsity_at(
             return sparsity + (initial - sparsity) * (1.0 - passed) ** 3
         case "iterative":
             events = -(-(end - start) // every) + 1
-            return 1.0 - (1.0 - initial) * ((1.0 - sparsity) / (1.0 - initial)) ** ((event + 1) / events)
+            kept: float = (1.0 - initial) * ((1.0 - sparsity) / (1.0 - initial)) ** ((event + 1) / events)
+            return 1.0 - kept
 
 
 def cosine(round: int, *, initial: float, end: int) -> float:

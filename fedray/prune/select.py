@@ -78,16 +78,16 @@ def _top(values: np.ndarray, count: int, allowed: np.ndarray | None, what: str) 
     """Bool, shape of `values` (n,): True at the `count` highest, the lower index first on a tie."""
     if allowed is not None:
         places = np.flatnonzero(allowed)
-        kept = np.zeros(values.shape, dtype=np.bool_)
-        kept[places[_top(values[places], count, None, what)]] = True
-        return kept
+        chosen = np.zeros(values.shape, dtype=np.bool_)
+        chosen[places[_top(values[places], count, None, what)]] = True
+        return chosen
     size = values.shape[0]
     _refuse_count(count, size, what)
     if count in (0, size):
         return np.full(size, count > 0)
     # A selection and not a sort: linear in n, 4 ms for 1.6 million.
     threshold = np.partition(values, size - count)[size - count]
-    kept = values > threshold
+    kept: np.ndarray = values > threshold
     missing = count - int(np.count_nonzero(kept))
     kept[np.flatnonzero(values == threshold)[:missing]] = True
     return kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from fedray.errors import FedrayError, RunError
 from fedray.sim.client import Worker
@@ -31,13 +31,14 @@ class Recorder(Protocol):
 
     def log(self, text: str) -> None: ...
 
-    def finish(self, status: str, **facts: Any) -> None: ...
+    def finish(self, status: Literal["finished", "failed", "interrupted"], **facts: Any) -> None: ...
 
 
 class Recording(Protocol):
     """Opens a recorder in the driver's process."""
 
-    folder: str
+    @property
+    def folder(self) -> str: ...
 
     def open(self) -> Recorder: ...
 

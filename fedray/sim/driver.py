@@ -68,6 +68,7 @@ class Driver:
     def rounds(self) -> Iterator[RoundRecord]:
         """Every round of the run, in order, each when it is finished."""
         waiting: _Open | None = None
+        run_started, cpu_before = time.perf_counter(), time.process_time()
         for round in range(1, self.spec.rounds + 1):
             started = time.perf_counter()
             cohort = self.spec.sample_cohort(round)
@@ -78,7 +79,12 @@ class Driver:
             if waiting is not None:
                 yield self._close(waiting)
             waiting = self._settle(round, cohort, sums, results)
-            waiting.row["time/round_s"] = time.perf_counter() - started
+            now, cpu_now = time.perf_counter(), time.process_time()
+            waiting.row["time/round_s"] = now - started
+            waiting.row["time/total_s"] = now - run_started
+            # Of the driver's process alone, from the end of one round to the end of the next, records included.
+            waiting.row["time/driver_cpu_s"] = cpu_now - cpu_before
+            cpu_before = cpu_now
         if waiting is not None:
             for reply in self.runtime.run(None, (), self._evaluations(waiting)):
                 assert isinstance(reply, EvalReply)
@@ -91,7 +97,8 @@ class Driver:
         sizes = np.diff(self.population.starts)
         clients = [(client, float(self.spec.trainer.num_steps(int(sizes[client])))) for client in cohort]
         evaluations = [] if waiting is None else self._evaluations(waiting)
-        sums, results = Sums(), []
+        sums = Sums()
+        results: list[ClientResult] = []
         for reply in self.runtime.run(handle, clients, evaluations):
             if isinstance(reply, EvalReply):
                 assert waiting is not None

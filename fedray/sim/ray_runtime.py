@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import socket
 import sys
 import tempfile
 import threading
@@ -91,19 +92,31 @@ def connect(address: str | None, *, num_cpus: int | None, temp_dir: str | None) 
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    quiet = {"logging_level": "ERROR", "log_to_driver": False}
-    if address or os.environ.get("RAY_ADDRESS"):
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    wanted = address or os.environ.get("RAY_ADDRESS")
+    if wanted:
         try:
-            ray.init(address=address or "auto", **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+            _knock(wanted)
+            ray.init(address=wanted, **quiet)
+        except (OSError, RuntimeError, ValueError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(
-                f"runtime.address is {address or os.environ['RAY_ADDRESS']!r}; no Ray cluster answers there "
-                f"({reason}). {TOKEN_HELP}"
+                f"runtime.address is {wanted!r}; no Ray cluster lets us in there ({reason}). {TOKEN_HELP}"
             ) from error
         return True
-    ray.init(num_cpus=num_cpus, include_dashboard=True, dashboard_port=0, _temp_dir=temp_dir, **quiet)
+    try:
+        ray.init(num_cpus=num_cpus, include_dashboard=True, dashboard_port=0, _temp_dir=temp_dir, **quiet)
+    except OSError as error:
+        # A socket's path has at most 107 bytes, of which Ray needs about 60.
+        raise ConfigError(f"runtime.temp_dir is {temp_dir!r}; Ray cannot work there ({error}). Choose a short path") from error
     return True
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens at HOST:PORT; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "://" not in address:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
 
 
 def look_at_cluster() -> Cluster:
@@ -227,7 +240,7 @@ class RayRuntime:
         self.deaths: dict[int, int] = {}
         self.losses: list[str] = []  # for the log
         remote = ray.remote(ClientActor)
-        self.actors = [
+        self.actors: list[Any] = [
             remote.options(
                 num_cpus=plan.actor_cpus,
                 num_gpus=plan.actor_gpus,
@@ -326,7 +339,8 @@ class RayRuntime:
         if call.evaluation is not None:
             work = call.evaluation
             return handle.evaluate.remote(work.handle, work.start, work.stop, work.batch_size, work.tag), None
-        versions, held = [], {}
+        versions: list[int] = []
+        held: dict[Any, None] = {}
         for client in call.clients:
             version, ref = self.committed.get(client, (0, None))
             versions.append(version)
@@ -442,8 +456,9 @@ def start_driver(
     sealed: Sealed, population: Any, plan: Plan, group: PlacementGroup, *, seed: int, recording: Any
 ) -> tuple[Any, Any]:
     """Put the population into the object store and start a driver; returns the actor and its stream of events."""
+    remote: Any = ray.remote  # its overloads do not know concurrency_groups
     driver = (
-        ray.remote(concurrency_groups={"control": 1})(DriverActor)
+        remote(concurrency_groups={"control": 1})(DriverActor)
         .options(
             num_cpus=plan.driver_cpus,
             max_restarts=0,
@@ -483,7 +498,7 @@ def finish(driver: Any, stream: Any, group: PlacementGroup, *, interrupted: bool
 
 def reserve(plan: Plan, note: Callable[[str], None]) -> PlacementGroup:
     """The run's bundles, all or none, so that two runs cannot wait for each other."""
-    group = placement_group([dict(plan.bundle) for _ in range(plan.slots)], strategy="PACK")
+    group: PlacementGroup = placement_group([dict(plan.bundle) for _ in range(plan.slots)], strategy="PACK")
     try:
         wait_for_group(group, plan, note)
     except BaseException:

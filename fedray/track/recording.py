@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -40,7 +42,7 @@ class Recorder:
         self._facts: dict[str, Any] = {}
         self._last: Mapping[str, Any] | None = None
         self._store = Store.create(folder, config_yaml=recording.config_yaml, manifest=recording.manifest)
-        self.log(f"run {recording.run_id} starts")
+        self.log(f"run {recording.run_id} starts; driver process {os.getpid()} on {platform.node()}")
         self._wandb = WandbTracker(
             recording.wandb, run_dir=folder, run_id=recording.run_id, run_config=recording.config
         )

@@ -114,7 +114,9 @@ class Store:
         _replace_file(folder / MANIFEST_FILE, _manifest_bytes(manifest))
         return cls(folder, manifest, last_round)
 
-    def write(self, row: Row, clients: Sequence[Row], transfers: Sequence[Row]) -> None:
+    def write(
+        self, row: Mapping[str, Any], clients: Sequence[Mapping[str, Any]], transfers: Sequence[Mapping[str, Any]]
+    ) -> None:
         """Record a finished round: transfers and clients first, then the row, which is on the disk on return.
 
         row: metric values by name, with the integer `round`, greater than that of every earlier row.
@@ -254,7 +256,7 @@ def _read_lines(path: Path) -> list[Row]:
     return rows
 
 
-def _lines(rows: Sequence[Row]) -> bytes:
+def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """The rows as lines of JSON, each with its line end."""
     try:
         try:

@@ -79,6 +79,9 @@ class Engine:
             parameter.data = view
             parameter.grad = grad
         self._buffers = float_buffers(self.module)
+        # Integer buffers (batches seen so far) do not travel: every call begins with those of the fresh module.
+        others = (buffer for name, buffer in self.module.named_buffers() if name not in self._buffers)
+        self._counters = [(buffer, buffer.clone()) for buffer in others]
         self._masks: dict[bytes, Tensor] = {}
         self._step: TracedStep | None = None
         self.kind, self.reason = self._resolve(kind, sample_shape)
@@ -96,7 +99,7 @@ class Engine:
         update = _Update(self, job)
         loss_sum = torch.zeros((), device=self.device)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(key.fold("dropout").seed)
+            self._seed(key.fold("dropout").seed)
             seen = 0
             for x, y in _batches(samples, job.num_steps, job.batch_size, key, self.device):
                 loss_sum.add_(update.step(x, y), alpha=len(y))
@@ -134,10 +137,12 @@ class Engine:
         count = len(samples) if batch_size is None else min(batch_size, len(samples))
         order = key.fold("probe").permutation(len(samples))[:count]
         total, loss = self.arrangement.empty(), 0.0
-        for start in range(0, count, PROBE_CHUNK):
-            x, y = samples.take(order[start : start + PROBE_CHUNK], self.device)
-            loss += float(self.gradient(x, y)) * len(y) / count
-            total.add_(self.grads, alpha=len(y) / count)
+        with torch.random.fork_rng(devices=[]):
+            self._seed(key.fold("probe", "dropout").seed)
+            for start in range(0, count, PROBE_CHUNK):
+                x, y = samples.take(order[start : start + PROBE_CHUNK], self.device)
+                loss += float(self.gradient(x, y)) * len(y) / count
+                total.add_(self.grads, alpha=len(y) / count)
         evidence: dict[Evidence, Tree] = {}
         if "grad" in wants:
             evidence["grad"] = Tree(self.params_layout, self.arrangement.logical(total))
@@ -168,6 +173,13 @@ class Engine:
             x, y = samples.take(slice(None), self.device)
             return {name: value.cpu() for name, value in self.task.score(self.module(x), y).items()}
 
+    def _seed(self, seed: int) -> None:
+        """Seed the generators that this engine's kernels draw from; `torch.manual_seed` would queue a call (and a
+        stack trace) for every kind of accelerator that is not there."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
     # -- loading -------------------------------------------------------------------------------------------------
 
     def _load(self, params: Tree, buffers: Tree, mask: Mask | None) -> None:
@@ -176,6 +188,8 @@ class Engine:
             self.weights.mul_(self.mask(mask))
         for name, buffer in self._buffers.items():
             buffer.copy_(buffers[name])
+        for counter, origin in self._counters:
+            counter.copy_(origin)
 
     def mask(self, mask: Mask) -> Tensor:
         """The mask as 0.0 and 1.0 in working order; kept for the last few masks, since a round shares one."""
@@ -225,9 +239,9 @@ class Engine:
         self.module.train()
         for size in (4, 3, 1):
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(1)
+                self._seed(1)
                 self._autograd(x[:size], y[:size])
-                torch.manual_seed(1)
+                self._seed(1)
                 with torch.inference_mode():
                     _, *grads = step.gradients(self.weight_views, x[:size], y[:size])
             for name, ours, theirs in zip(self.params_layout.names, grads, self.grad_views, strict=True):
@@ -245,6 +259,7 @@ class _Update:
         self.mask = None if job.mask is None else engine.mask(job.mask)
         self.drift = None if job.drift is None else engine.arrangement.arranged(job.drift.flat)
         self.anchor = engine.weights.clone() if job.prox else None
+        self.pull = torch.empty_like(engine.weights) if job.prox else None
         self.grad_sum = torch.zeros_like(engine.grads) if "grad_sum" in job.wants else None
         adam = job.optim.name in ("adam", "adamw")
         self.first = torch.zeros_like(engine.grads) if adam or job.optim.momentum else None
@@ -252,9 +267,14 @@ class _Update:
         self.step_count = 0
         optim = job.optim
         # Plain SGD can fold the gradient's product into the update; then the mask is applied to the weights after.
-        self.plain = engine._step is not None and not (
-            adam or optim.momentum or optim.weight_decay or optim.clip_norm or job.prox or self.drift is not None
-        ) and self.grad_sum is None and job.lr != 0
+        self.plain = (
+            engine._step is not None
+            and not (
+                adam or optim.momentum or optim.weight_decay or optim.clip_norm or job.prox or self.drift is not None
+            )
+            and self.grad_sum is None
+            and job.lr != 0
+        )
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """One optimiser step on a batch; returns its mean loss before the step."""
@@ -277,7 +297,8 @@ class _Update:
         if job.lr == 0:
             return
         if self.anchor is not None:
-            grad.add_(weights, alpha=job.prox).sub_(self.anchor, alpha=job.prox)
+            # The difference first: it is exactly zero where nothing moved, and Adam would enlarge any rounding error.
+            grad.add_(torch.sub(weights, self.anchor, out=self.pull), alpha=job.prox)
         if self.drift is not None:
             grad.add_(self.drift)
         if self.mask is not None:

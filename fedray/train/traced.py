@@ -29,8 +29,8 @@ class TracedStep:
     """
 
     def __init__(self, module: nn.Module, loss: LossFn, x: Tensor, y: Tensor) -> None:
-        from torch.fx.experimental.proxy_tensor import make_fx
         from torch.func import functional_call
+        from torch.fx.experimental.proxy_tensor import make_fx
 
         if any(True for _ in module.buffers()):
             raise NotTraceable("the model has buffers")

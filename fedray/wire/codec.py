@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,11 +62,13 @@ class Codec:
                 raise ValueError(f"part {name!r} goes {direction}, but no policy declares it so in `parts`")
             support, own_code, own = self._support(part, message.mask)
             flat = part.value.flat if part.support is None else part.value.flat[part.support.indices]
-            data = stage.encode(flat.numpy())
+            data: Any = stage.encode(flat.numpy())  # an array, which numpy's stubs do not know as a buffer
             headers.append(PartHeader(self.names.index(name), support, own_code, len(data), part.weight, own))
             values.append(data)
             sizes.append(
-                PartSize(part=name, params=len(data), value_bytes=data.nbytes, mask_bytes=len(own), header_bytes=PART.size)
+                PartSize(
+                    part=name, params=len(data), value_bytes=data.nbytes, mask_bytes=len(own), header_bytes=PART.size
+                )
             )
         head = packet.pack(mask_code, mask, headers)
         frame_bytes = len(head) - len(mask) - sum(size.header_bytes + size.mask_bytes for size in sizes)
@@ -89,13 +92,10 @@ class Codec:
         parts: dict[str, Part] = {}
         at = frame.values_at
         for header in frame.parts:
-            if header.index >= len(self.names):
-                raise WireError(f"a payload names part {header.index}; there are {len(self.names)}")
-            name = self.names[header.index]
+            name, support = self._read_header(header, direction, mask)
+            if name in parts:
+                raise WireError(f"a payload holds part {name!r} twice")
             layout = self.specs[name].layout
-            support = {ALL: None, SHARED: mask}.get(header.support)
-            if header.support == OWN:
-                support = self.masks.decode(header.mask_code, header.own, mask)
             expected = layout.size if support is None else len(support.indices)
             num_bytes = header.count * stage.dtype.itemsize
             if header.count != expected or at + num_bytes > len(payload):
@@ -111,6 +111,22 @@ class Codec:
         if at != len(payload):
             raise WireError(f"a payload has {len(payload) - at} bytes too many")
         return Message(parts=parts, mask=mask)
+
+    def _read_header(self, header: PartHeader, direction: Direction, mask: Mask | None) -> tuple[str, Mask | None]:
+        """The name of a part and the mask of its values; mask: the message's."""
+        name = self.names[header.index] if header.index < len(self.names) else None
+        if name is None or self.specs[name].direction not in (direction, "both"):
+            raise WireError(f"a payload names part {header.index}, and no such part goes {direction}")
+        if header.support == ALL:
+            return name, None
+        support: Mask | None = None
+        if header.support == SHARED:
+            support = mask
+        elif header.support == OWN:
+            support = self.masks.decode(header.mask_code, header.own, mask)
+        if support is None or support.layout != self.specs[name].layout:
+            raise WireError(f"part {name!r} has support code {header.support}, and there is no such mask for it")
+        return name, support
 
     def _support(self, part: Part, mask: Mask | None) -> tuple[int, int, bytes]:
         if part.support is None:

@@ -64,7 +64,9 @@ class Transfer:
 class Ledger:
     """Running totals over a run, by direction."""
 
-    total: dict[str, int] = field(default_factory=lambda: {"up_params": 0, "up_bytes": 0, "down_params": 0, "down_bytes": 0})
+    total: dict[str, int] = field(
+        default_factory=lambda: {"up_params": 0, "up_bytes": 0, "down_params": 0, "down_bytes": 0}
+    )
 
     def enter(self, transfers: Iterable[Transfer]) -> dict[str, float]:
         """Enter one round's transfers and return its `wire/*` metrics, those of the round and the cumulative ones."""

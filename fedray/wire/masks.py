@@ -96,6 +96,10 @@ class MaskCoder:
             if len(data) != 16 + width:
                 raise WireError(f"the seed of a mask has {len(data)} bytes; {16 + width} were expected")
             counts = dict(zip(self.prunable, struct.unpack(f"<{len(self.prunable)}I", data[16:]), strict=True))
+            for name, count in counts.items():
+                span = self.layout.spans[name]
+                if count > span.stop - span.start:
+                    raise WireError(f"the seed of a mask keeps {count} of {span.stop - span.start} weights of {name!r}")
             return random_mask(self.layout, self.prunable, counts, Key(data[:16]))
         if code == BITMAP:
             return self._scatter(decode_bitmap(data, self.size))

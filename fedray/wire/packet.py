@@ -1,8 +1,8 @@
 """The frame of a payload: fixed-width little-endian fields, then masks, then values.
 
-    frame   magic 2s, version u8, number of parts u8, mask code u8, 3 bytes of padding, mask length u32
-    a part  index u8, support code u8, mask code u8, 1 byte of padding, count u32, mask length u32, weight f64
-    body    the message's mask, the masks of parts, padding to 8 bytes, the values of each part
+frame   magic 2s, version u8, number of parts u8, mask code u8, 3 bytes of padding, mask length u32
+a part  index u8, support code u8, mask code u8, 1 byte of padding, count u32, mask length u32, weight f64
+body    the message's mask, the masks of parts, padding to 8 bytes, the values of each part
 """
 
 from __future__ import annotations

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -15,35 +17,34 @@ import pytest
 import ray
 
 import fedray
-from fedray.errors import ClientError, ConfigError
+from fedray.errors import ClientError, ConfigError, NumericError
 from fedray.track.store import read_rows, read_transfers
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.ray
 
-CELL = [
+PLAIN = [
     "data=digits",
     "model.hidden=[16]",
     "num_clients=16",
     "cohort=8",
     "rounds=4",
     "trainer.batch_size=10",
-    "pruner=feddst",
-    "pruner.every=2",
-    "pruner.until=4",
     "tracker.progress=none",
     "tracker.wandb.mode=disabled",
 ]
+CELL = [*PLAIN, "pruner=feddst", "pruner.every=2", "pruner.until=4"]
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    temp_dir = tmp_path_factory.mktemp("r", numbered=False)
+def cluster() -> Iterator[None]:
+    temp_dir = tempfile.mkdtemp(prefix="fr")  # short enough for sockets
     ray.init(
         num_cpus=2, include_dashboard=True, dashboard_port=0, log_to_driver=False, logging_level="ERROR",
-        _temp_dir=str(temp_dir),
+        _temp_dir=temp_dir,
     )  # fmt: skip
     yield
     ray.shutdown()
+    shutil.rmtree(temp_dir, ignore_errors=True)
 
 
 def digests(run: fedray.Run) -> list[str]:
@@ -59,7 +60,8 @@ def client_actors() -> list[dict[str, Any]]:
     """Living client actors, as Ray's state API lists them."""
     from ray.util.state import list_actors
 
-    rows = list_actors(filters=[("class_name", "=", "ClientActor"), ("state", "!=", "DEAD")], limit=1000, detail=True)
+    # Other clusters may run on this machine.
+    rows = list_actors(address=ray.get_runtime_context().gcs_address, filters=[("class_name", "=", "ClientActor"), ("state", "!=", "DEAD")], limit=1000, detail=True)
     return [row if isinstance(row, dict) else vars(row) for row in rows]
 
 
@@ -68,7 +70,8 @@ def nothing_is_left() -> bool:
     while time.monotonic() < deadline:
         from ray.util.state import list_actors
 
-        if not list_actors(filters=[("state", "!=", "DEAD")]) and ray.available_resources().get("CPU") == 2.0:
+        living = list_actors(address=ray.get_runtime_context().gcs_address, filters=[("state", "!=", "DEAD")])
+        if not living and ray.available_resources().get("CPU") == 2.0:
             return True
         time.sleep(0.5)
     return False
@@ -146,7 +149,7 @@ def test_three_deaths_of_a_client_end_the_run_and_name_it(cluster: None, tmp_pat
     )
     with pytest.raises(ClientError, match=r"client 5 lost its actor 3 times .*seed 0.*log\.txt"):
         fedray.run(
-            [*CELL, "cohort=16", "pruner=none", "+correction.deadly._target_=deadly.Deadly", "runtime.clients_per_actor=8"],
+            [*PLAIN, "cohort=16", "+correction.deadly._target_=deadly.Deadly", "runtime.clients_per_actor=8"],
             config_dir=source,
             folder=tmp_path / "run",
         )
@@ -155,8 +158,8 @@ def test_three_deaths_of_a_client_end_the_run_and_name_it(cluster: None, tmp_pat
 
 
 def test_a_diverging_run_names_client_part_and_tensor(cluster: None, tmp_path: Path) -> None:
-    with pytest.raises(fedray.errors.NumericError, match=r"client \d+ in round 1 .*part 'delta', tensor 'layers"):
-        fedray.run([*CELL, "trainer.lr=1e20", "pruner=none"], folder=tmp_path / "run")
+    with pytest.raises(NumericError, match=r"client \d+ in round 1 .*part 'delta', tensor 'layers"):
+        fedray.run([*PLAIN, "trainer.lr=1e20"], folder=tmp_path / "run")
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "failed"
     assert nothing_is_left()
 
@@ -197,6 +200,5 @@ def test_code_beside_the_users_yaml_is_importable_in_actors(cluster: None, tmp_p
         "        assert half_helper.MARK == 1\n"
         "        return fit, message, memory\n"
     )
-    overrides = [item for item in CELL if not item.startswith("pruner")]
-    run = fedray.run([*overrides, "pruner=half"], config_dir=source, folder=tmp_path / "run")
+    run = fedray.run([*PLAIN, "pruner=half"], config_dir=source, folder=tmp_path / "run")
     assert run.final["model/sparsity"] == pytest.approx(0.5, abs=1e-3)

@@ -1,0 +1,511 @@
+"""What holds of every method as the driver runs it: alone, composed, packed and in any order."""
+
+import dataclasses
+import itertools
+from dataclasses import dataclass, replace
+from typing import get_type_hints
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from laws_support import (
+    MODELS,
+    MOMENTUM,
+    ONIONS,
+    PRUNERS,
+    SIZES,
+    STRATEGIES,
+    Packed,
+    distance,
+    fingerprint,
+    label,
+    optim_for,
+    population,
+    run,
+    spec,
+)
+
+from fedray.config import Config, ScopeConfig, TrainerConfig, assemble, conf_folder, register
+from fedray.corrections import FedProx
+from fedray.keys import Key
+from fedray.pruners import FedDST, Magnitude, NoPruning, Random
+from fedray.round import Optim, Policy
+from fedray.sim.client import Worker
+from fedray.sim.spec import EvalSpec
+from fedray.strategies import FedAvg, FedSGD
+from fedray.wire import Codec, Float16
+
+EVERYONE = len(SIZES)
+
+
+# -- reductions to what is known -------------------------------------------------------------------------------------
+
+
+def descent(spec_, population_, mask=None, rounds=3, lr=0.1):
+    """Centralised gradient descent on everybody's data, by plain PyTorch: the weights (n,) after each round."""
+    worker = Worker(spec_, population_)
+    module, parameters = worker.engine.module, dict(worker.engine.module.named_parameters())
+    everything = worker.population.train(0)
+    everything = replace(everything, index=torch.arange(sum(SIZES)))
+    x, y = everything.take(slice(None), torch.device("cpu"))
+    found = []
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.mul_(1.0 if mask is None else mask[name])
+    for _ in range(rounds):
+        gradients = torch.autograd.grad(F.cross_entropy(module.train()(x), y), list(parameters.values()))
+        with torch.no_grad():
+            for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+                parameter.sub_(lr * gradient * (1.0 if mask is None else mask[name]))
+        found.append(torch.cat([p.detach().flatten() for p in parameters.values()]))
+    return found
+
+
+@pytest.mark.parametrize("pruner", [NoPruning(), Random(sparsity=0.6), Magnitude(sparsity=0.6)], ids=label)
+@pytest.mark.parametrize("model", ["mlp", "lenet", "mcmahan_cnn"])
+def test_one_full_batch_step_of_everyone_is_centralised_gradient_descent(model, pruner):
+    for strategy in (FedAvg(), FedSGD()):
+        given = spec(pruner, strategy, model=model, rounds=3, cohort=EVERYONE, batch_size=99)
+        ran = run(given, population(model))
+        for server, expected in zip(ran.servers[1:], descent(given, population(model), ran.servers[0].mask), strict=True):
+            assert distance(server.params, expected) < 1e-6
+        # With smaller batches a round is more than one step.
+        other = run(spec(pruner, FedAvg(), model=model, rounds=3, cohort=EVERYONE), population(model))
+        assert distance(other.servers[-1].params, ran.servers[-1].params) > 1e-3
+
+
+IDENTITIES = {
+    "FedProx at mu 0": ((NoPruning(), FedAvg(), FedProx(mu=0.0)), (NoPruning(), FedAvg())),
+    "Random at sparsity 0": ((Random(sparsity=0.0), FedAvg()), (NoPruning(), FedAvg())),
+    "FedDST at sparsity 0": ((FedDST(sparsity=0.0, every=2, until=9), FedAvg()), (NoPruning(), FedAvg())),
+    "FedDST that swaps nothing": (
+        (FedDST(sparsity=0.6, every=1, until=9, ratio=0.0), FedAvg()),
+        (FedDST(sparsity=0.6, until=0), FedAvg()),
+    ),
+    "FedProx at mu 0 under a pruner": (
+        (Magnitude(sparsity=0.6), FedAvg(), FedProx(mu=0.0)),
+        (Magnitude(sparsity=0.6), FedAvg()),
+    ),
+    **{
+        f"Magnitude at sparsity 0, {kind}, {ranking}, sticky={sticky}": (
+            (Magnitude(sparsity=0.0, schedule=kind, ranking=ranking, sticky=sticky, start=1, finish=4), FedAvg()),
+            (NoPruning(), FedAvg()),
+        )
+        for kind in ("one_shot", "linear", "cubic", "iterative")
+        for ranking in ("local", "global")
+        for sticky in (True, False)
+    },
+}
+
+
+@pytest.mark.parametrize("case", IDENTITIES)
+@pytest.mark.parametrize("optim", [Optim(), MOMENTUM], ids=["sgd", "momentum"])
+def test_an_identity_setting_is_the_simpler_method_bit_for_bit(case, optim):
+    mine, simple = (run(spec(*policies, optim=optim), population()) for policies in IDENTITIES[case])
+    for a, b in zip(mine.servers, simple.servers, strict=True):
+        assert fingerprint((a.params, a.buffers)) == fingerprint((b.params, b.buffers))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("weight_by", ["examples", "uniform"])
+@pytest.mark.parametrize("pruner", [NoPruning(), Random(sparsity=0.6)], ids=label)
+def test_fedsgd_is_one_full_batch_step_of_fedavg_at_the_same_rate(pruner, weight_by, model):
+    steps = {"model": model, "batch_size": 99, "rounds": 3}
+    one = run(spec(pruner, FedSGD(weight_by=weight_by), **steps), population(model))
+    two = run(spec(pruner, FedAvg(weight_by=weight_by), **steps), population(model))
+    for a, b in zip(one.servers, two.servers, strict=True):
+        assert distance(a.params, b.params) < 1e-6
+        if b.buffers.layout.size:
+            assert distance(a.buffers, b.buffers) < 1e-6
+
+
+@pytest.mark.parametrize("strategy", [FedAvg, FedSGD])
+def test_weights_by_examples_and_uniform_differ_exactly_where_sizes_do(strategy):
+    unequal = [run(spec(NoPruning(), strategy(weight_by=w)), population()) for w in ("examples", "uniform")]
+    assert unequal[0].digests[0] != unequal[1].digests[0]
+    alike = population("mlp", (6,) * EVERYONE)
+    equal_sizes = [run(spec(NoPruning(), strategy(weight_by=w)), alike) for w in ("examples", "uniform")]
+    for a, b in zip(equal_sizes[0].servers, equal_sizes[1].servers, strict=True):
+        assert distance(a.params, b.params) < 1e-6
+
+
+def test_a_server_rate_scales_the_mean_difference():
+    whole, half = (run(spec(NoPruning(), FedAvg(lr=rate), rounds=1), population()) for rate in (1.0, 0.5))
+    moved = [r.servers[1].params.flat - r.servers[0].params.flat for r in (half, whole)]
+    assert distance(moved[0], 0.5 * moved[1]) < 1e-5
+
+
+# -- masks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("onion", ONIONS, ids=label)
+def test_parameters_are_zero_outside_the_mask_after_every_round_and_in_every_upload(onion):
+    ran = run(spec(*onion, optim=optim_for(onion[1]), rounds=5), population())
+    for server in ran.servers:
+        if server.mask is not None:
+            assert not server.params.flat[~server.mask.flat].view(torch.int32).any()
+            assert all(bool(server.mask[name].all()) for name in server.mask if name.endswith("bias"))
+    uploads = list(itertools.chain(*ran.uploads))
+    assert len(uploads) == 5 * 4
+    for message, sent in uploads:
+        (name,) = set(message.parts) - {"buffers"}
+        part = message.parts[name]
+        assert part.support == message.mask
+        if message.mask is not None:
+            assert not part.value.flat[~message.mask.flat].view(torch.int32).any()
+            assert part.value.flat[message.mask.flat].any()
+            if not isinstance(onion[0], FedDST):
+                assert message.mask == sent
+    pruned = [s for s in ran.servers if s.mask is not None]
+    assert bool(pruned) == (not isinstance(onion[0], NoPruning))
+    if pruned:
+        assert pruned[-1].mask.sparsity(ran.driver.worker.prunable) > 0.15
+
+
+@pytest.mark.parametrize("pruner", PRUNERS, ids=label)
+@pytest.mark.parametrize("model", ["lenet", "batchnorm_cnn"])
+def test_masks_hold_on_every_model_and_engine(model, pruner):
+    for engine in ("eager", "auto"):
+        ran = run(spec(pruner, FedAvg(), FedProx(mu=0.1), model=model, engine=engine, optim=MOMENTUM), population(model))
+        for server in ran.servers:
+            if server.mask is not None:
+                assert not server.params.flat[~server.mask.flat].view(torch.int32).any()
+        for message, _ in itertools.chain(*ran.uploads):
+            if message.mask is not None:
+                assert not message["delta"].flat[~message.mask.flat].view(torch.int32).any()
+
+
+# -- purity ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checked(Policy):
+    """Calls every hook of `inner` twice, and compares answers and inputs."""
+
+    inner: Policy
+    calls: list
+
+    def _twice(self, hook, *arguments):
+        before = fingerprint(arguments)
+        first = getattr(self.inner, hook)(*arguments)
+        frozen = fingerprint(first)
+        second = getattr(self.inner, hook)(*arguments)
+        assert fingerprint(arguments) == before, f"{hook} wrote to its inputs"
+        assert fingerprint(second) == frozen, f"{hook} answered differently the second time"
+        assert fingerprint(first) == frozen, f"a second {hook} changed the first answer"
+        self.calls.append(hook)
+        return second
+
+    def parts(self, params, buffers):
+        return self._twice("parts", params, buffers)
+
+    def init_server(self, *arguments):
+        return self._twice("init_server", *arguments)
+
+    def init_client(self, *arguments):
+        return self._twice("init_client", *arguments)
+
+    def send(self, *arguments):
+        return self._twice("send", *arguments)
+
+    def begin(self, *arguments):
+        return self._twice("begin", *arguments)
+
+    def end(self, *arguments):
+        return self._twice("end", *arguments)
+
+    def settle(self, *arguments):
+        return self._twice("settle", *arguments)
+
+
+@pytest.mark.parametrize("onion", ONIONS, ids=label)
+def test_hooks_write_to_no_input_and_answer_the_same_twice(onion):
+    calls = []
+    given = spec(*onion, optim=optim_for(onion[1]), rounds=3)
+    plain = run(given, population())
+    checked = replace(given, policies=tuple((name, Checked(p, calls)) for name, p in given.policies))
+    ran = run(checked, population())
+    assert set(calls) == {"parts", "init_server", "init_client", "send", "begin", "end", "settle"}
+    assert ran.digests == plain.digests
+    assert ran.bytes == plain.bytes
+
+
+def test_hooks_are_pure_also_with_statistics_that_travel():
+    for pruner in PRUNERS:
+        calls = []
+        given = spec(pruner, FedAvg(), model="batchnorm_cnn", optim=MOMENTUM, rounds=3)
+        policies = tuple((name, Checked(p, calls)) for name, p in given.policies)
+        assert run(replace(given, policies=policies), population("batchnorm_cnn")).rows[-1]["round"] == 3
+
+
+# -- order and packing -----------------------------------------------------------------------------------------------
+
+PACKINGS = (
+    {"chunk": 1},
+    {"chunk": 1, "workers": 3, "shuffle": Key.of(1)},
+    {"chunk": 2, "workers": 2, "shuffle": Key.of(2)},
+    {"chunk": 99, "shuffle": Key.of(3)},
+)
+
+
+def assert_packing_is_invisible(given, population_):
+    whole = run(given, population_)
+    for packing in PACKINGS:
+        packed = run(given, population_, Packed(given, population_, **packing))
+        assert packed.digests == whole.digests, packing
+        assert packed.bytes == whole.bytes
+        for a, b in zip(packed.records, whole.records, strict=True):
+            timeless = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in (a.row, b.row)]
+            assert repr(timeless[0]) == repr(timeless[1])
+            assert a.transfers == b.transfers
+
+
+@pytest.mark.parametrize(
+    "onion", [o for o in ONIONS if len(o) == 2 or isinstance(o[0], FedDST | Random | NoPruning)], ids=label
+)
+def test_no_order_and_no_packing_changes_a_bit(onion):
+    assert_packing_is_invisible(spec(*onion, optim=optim_for(onion[1]), rounds=3), population())
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("wire", ["float32", "float16"])
+@pytest.mark.parametrize("pruner", [NoPruning(), PRUNERS[-3], PRUNERS[-5]], ids=label)
+def test_no_order_and_no_packing_changes_a_bit_on_any_model_and_wire(pruner, wire, model):
+    stages = {} if wire == "float32" else {"down": Float16(), "up": Float16()}
+    evaluation = EvalSpec(every=2, clients="all", batch_size=6)
+    given = spec(pruner, FedAvg(), model=model, rounds=3, evaluation=evaluation, **stages)
+    assert_packing_is_invisible(given, population(model))
+
+
+def test_a_run_repeats_itself_bit_for_bit():
+    for pruner in (NoPruning(), FedDST(sparsity=0.5, every=1, until=9)):
+        given = spec(pruner, FedAvg(), optim=MOMENTUM, engine="auto")
+        assert run(given, population()).digests == run(given, population()).digests
+
+
+# -- the ledger ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wire", ["float32", "float16"])
+@pytest.mark.parametrize("pruner", PRUNERS, ids=label)
+def test_bytes_in_the_rows_are_those_of_an_independent_count(pruner, wire, monkeypatch):
+    crossed = {"down": [], "up": []}
+    original = Codec.encode
+
+    def encode(self, message, *, direction, known):
+        packet = original(self, message, direction=direction, known=known)
+        crossed[direction].append(len(packet.payload))
+        return packet
+
+    monkeypatch.setattr(Codec, "encode", encode)
+    stages = {} if wire == "float32" else {"down": Float16(), "up": Float16()}
+    ran = run(spec(pruner, FedAvg(), model="batchnorm_cnn", **stages), population("batchnorm_cnn"))
+    for direction, sizes in crossed.items():
+        assert len(sizes) == 4 * 4
+        per_round = [sum(sizes[at : at + 4]) for at in range(0, 16, 4)]
+        assert [row[f"wire/{direction}_bytes"] for row in ran.rows] == per_round
+        assert [row[f"wire/total_{direction}_bytes"] for row in ran.rows] == list(itertools.accumulate(per_round))
+        for record, expected in zip(ran.records, per_round, strict=True):
+            entries = [t for t in record.transfers if t["direction"] == direction]
+            kinds = ("value_bytes", "mask_bytes", "header_bytes")
+            assert sum(entry[kind] for entry in entries for kind in kinds) == expected
+            assert sum(entry["params"] for entry in entries) == record.row[f"wire/{direction}_params"]
+            assert len({entry["client"] for entry in entries}) == 4
+    both = [sum(crossed["down"][: 4 * n]) + sum(crossed["up"][: 4 * n]) for n in range(1, 5)]
+    assert [row["wire/total_bytes"] for row in ran.rows] == both
+
+
+@pytest.mark.parametrize("kind", [Random, Magnitude, FedDST])
+def test_bytes_fall_with_sparsity_both_ways(kind):
+    def total(pruner, direction):
+        return run(spec(pruner, FedAvg(), model="lenet", rounds=3), population("lenet")).rows[-1][f"wire/total_{direction}_bytes"]
+
+    for direction in ("up", "down"):
+        sizes = [total(pruner, direction) for pruner in (NoPruning(), *(kind(sparsity=s) for s in (0.3, 0.6, 0.9, 0.97)))]
+        assert sizes == sorted(sizes, reverse=True)
+        assert len(set(sizes)) == 5
+        # Nine tenths gone leaves about a tenth of the bytes, and the mask.
+        assert sizes[3] < 0.2 * sizes[0]
+
+
+def test_half_precision_halves_the_values_and_clients_train_on_what_they_decoded():
+    rows = [run(spec(), population()).rows[-1], run(spec(down=Float16(), up=Float16()), population()).rows[-1]]
+    values = 4 * 4 * 2 * rows[0]["wire/up_params"]
+    assert rows[0]["wire/total_up_bytes"] - rows[1]["wire/total_up_bytes"] == values
+    assert rows[0]["wire/up_params"] == rows[1]["wire/up_params"]
+    down = run(spec(down=Float16(), rounds=1), population())
+    assert down.digests != run(spec(rounds=1), population()).digests
+    up = run(spec(up=Float16(), rounds=1), population())
+    for message, _ in up.uploads[0]:
+        delta = message["delta"].flat
+        assert torch.equal(delta, delta.half().float())
+
+
+# -- every setting is read -------------------------------------------------------------------------------------------
+
+BASE = [
+    "runtime=inline",
+    "num_clients=6",
+    "cohort=3",
+    "rounds=4",
+    "model.hidden=[12]",
+    "trainer.batch_size=32",
+    "partition.alpha=0.5",
+    "eval.every=0",
+    "trainer.engine=eager",
+]
+GRADUAL = ["pruner=magnitude", "pruner.schedule=cubic", "pruner.start=1", "pruner.finish=4"]
+DYNAMIC = ["pruner=feddst", "pruner.every=2", "pruner.until=5"]
+SPARSE = ["pruner=random"]
+# (group, field): (base settings in which the field matters, its other value)
+CHANGES = {
+    ("run", "seed"): ([], "seed=1"),
+    ("run", "rounds"): ([], "rounds=5"),
+    ("run", "num_clients"): ([], "num_clients=7"),
+    ("run", "cohort"): ([], "cohort=4"),
+    ("trainer", "optimizer"): ([], "trainer.optimizer=adam"),
+    ("trainer", "lr"): ([], "trainer.lr=0.2"),
+    ("trainer", "lr_schedule"): ([], "trainer.lr_schedule=cosine"),
+    ("trainer", "lr_decay"): (["trainer.lr_schedule=step"], "trainer.lr_decay=0.5"),
+    ("trainer", "lr_every"): (["trainer.lr_schedule=step", "trainer.lr_decay=0.5"], "trainer.lr_every=2"),
+    ("trainer", "batch_size"): ([], "trainer.batch_size=16"),
+    ("trainer", "epochs"): ([], "trainer.epochs=2"),
+    ("trainer", "steps"): (["trainer.epochs=null", "trainer.steps=3"], "trainer.steps=4"),
+    ("trainer", "momentum"): ([], "trainer.momentum=0.5"),
+    ("trainer", "nesterov"): (["trainer.momentum=0.5"], "trainer.nesterov=true"),
+    ("trainer", "weight_decay"): ([], "trainer.weight_decay=0.01"),
+    ("trainer", "betas"): (["trainer=adam"], "trainer.betas=[0.5,0.999]"),
+    ("trainer", "eps"): (["trainer=adam"], "trainer.eps=0.01"),
+    ("trainer", "clip_norm"): ([], "trainer.clip_norm=0.1"),
+    ("scope", "first_layer"): (SPARSE, "scope.first_layer=false"),
+    ("scope", "last_layer"): (SPARSE, "scope.last_layer=false"),
+    ("scope", "biases"): (SPARSE, "scope.biases=true"),
+    ("scope", "norms"): ([*SPARSE, "model=batchnorm_cnn", "~model.hidden"], "scope.norms=true"),
+    ("partition.Dirichlet", "alpha"): ([], "partition.alpha=5.0"),
+    ("partition.Dirichlet", "min_size"): ([], "partition.min_size=180"),
+    ("partition.Shards", "per_client"): (["partition=shards", "~partition.alpha"], "partition.per_client=3"),
+    ("partition.Classes", "classes"): (["partition=classes", "~partition.alpha"], "partition.classes=5"),
+    ("partition.Classes", "samples"): (["partition=classes", "~partition.alpha"], "partition.samples=20"),
+    ("model.MLP", "hidden"): ([], "model.hidden=[13]"),
+    ("model.BatchNormCNN", "width"): (["model=batchnorm_cnn", "~model.hidden", "rounds=1"], "model.width=8"),
+    ("wire", "down"): ([], "wire.down._target_=fedray.wire.Float16"),
+    ("wire", "up"): ([], "wire.up._target_=fedray.wire.Float16"),
+    ("strategy.FedAvg", "lr"): ([], "strategy.lr=0.5"),
+    ("strategy.FedAvg", "weight_by"): ([], "strategy.weight_by=uniform"),
+    ("strategy.FedSGD", "lr"): (["strategy=fedsgd"], "strategy.lr=0.5"),
+    ("strategy.FedSGD", "weight_by"): (["strategy=fedsgd"], "strategy.weight_by=uniform"),
+    ("strategy.FedSGD", "batch_size"): (["strategy=fedsgd"], "strategy.batch_size=16"),
+    ("correction.FedProx", "mu"): (["correction=fedprox"], "correction.fedprox.mu=1.0"),
+    ("pruner.Random", "sparsity"): (SPARSE, "pruner.sparsity=0.5"),
+    ("pruner.Random", "allocation"): (SPARSE, "pruner.allocation=uniform"),
+    ("pruner.Random", "budget"): (SPARSE, "pruner.budget=all_parameters"),
+    ("pruner.Random", "rounding"): (SPARSE, "pruner.rounding=floor"),
+    ("pruner.Magnitude", "sparsity"): (GRADUAL, "pruner.sparsity=0.5"),
+    ("pruner.Magnitude", "ranking"): (GRADUAL, "pruner.ranking=global"),
+    ("pruner.Magnitude", "allocation"): (GRADUAL, "pruner.allocation=erk"),
+    ("pruner.Magnitude", "schedule"): (GRADUAL, "pruner.schedule=linear"),
+    ("pruner.Magnitude", "start"): (GRADUAL, "pruner.start=2"),
+    ("pruner.Magnitude", "finish"): (GRADUAL, "pruner.finish=3"),
+    ("pruner.Magnitude", "every"): (GRADUAL, "pruner.every=2"),
+    ("pruner.Magnitude", "sticky"): (GRADUAL, "pruner.sticky=false"),
+    ("pruner.Magnitude", "budget"): (GRADUAL, "pruner.budget=all_parameters"),
+    ("pruner.Magnitude", "rounding"): ([*GRADUAL, "pruner.sparsity=0.777"], "pruner.rounding=floor"),
+    ("pruner.FedDST", "sparsity"): (DYNAMIC, "pruner.sparsity=0.5"),
+    ("pruner.FedDST", "allocation"): (DYNAMIC, "pruner.allocation=uniform"),
+    ("pruner.FedDST", "initial"): (DYNAMIC, "pruner.initial=random"),
+    ("pruner.FedDST", "every"): (DYNAMIC, "pruner.every=3"),
+    ("pruner.FedDST", "until"): (DYNAMIC, "pruner.until=4"),
+    ("pruner.FedDST", "ratio"): (DYNAMIC, "pruner.ratio=0.1"),
+    ("pruner.FedDST", "ratio_decay"): (DYNAMIC, "pruner.ratio_decay=constant"),
+    ("pruner.FedDST", "gradient_batch_size"): (DYNAMIC, "pruner.gradient_batch_size=3"),
+    ("pruner.FedDST", "regrow_dropped"): (DYNAMIC, "pruner.regrow_dropped=false"),
+    ("pruner.FedDST", "budget"): (DYNAMIC, "pruner.budget=all_parameters"),
+    ("pruner.FedDST", "rounding"): ([*DYNAMIC, "pruner.sparsity=0.777"], "pruner.rounding=floor"),
+}
+
+
+def assembled(overrides):
+    register()
+    groups = [o for o in overrides if "." not in o.split("=")[0] and not o.startswith("~")]
+    rest = [o for o in overrides if o not in groups]
+    gone = [o[1:] for o in rest if o.startswith("~")]
+    # What a group that was replaced does not have is left out of the base.
+    kept = [o for o in rest if not o.startswith("~") and o.split("=")[0] not in gone]
+    with initialize_config_dir(conf_folder(), version_base="1.3"):
+        return assemble(compose("config", overrides=groups + kept))
+
+
+def results(overrides):
+    made = assembled(overrides)
+    ran = run(made.spec, made.population)
+    return ran.digests, ran.bytes
+
+
+@pytest.fixture(scope="module")
+def outcome():
+    """Results by settings, since many changes share a base."""
+    found = {}
+
+    def get(*overrides):
+        if overrides not in found:
+            found[overrides] = results(list(overrides))
+        return found[overrides]
+
+    return get
+
+
+@pytest.mark.parametrize(("group", "name"), CHANGES)
+def test_two_runs_that_differ_in_one_setting_differ_in_result(group, name, outcome):
+    base, change = CHANGES[group, name]
+    assert outcome(*BASE, *base) != outcome(*BASE, *base, change)
+
+
+def test_every_setting_that_decides_a_result_is_in_that_table():
+    named = {group: {n for g, n in CHANGES if g == group} for group, _ in CHANGES}
+    fields = {f.name for f in dataclasses.fields(TrainerConfig)}
+    assert named["trainer"] == fields - {"engine"}  # both engines give the same, see test_engine_laws
+    assert named["scope"] == {f.name for f in dataclasses.fields(ScopeConfig)}
+    for kind in (Random, Magnitude, FedDST):
+        assert named[f"pruner.{kind.__name__}"] == {f.name for f in dataclasses.fields(kind)}
+    for kind in (FedAvg, FedSGD):
+        assert named[f"strategy.{kind.__name__}"] == {f.name for f in dataclasses.fields(kind)}
+    assert named["correction.FedProx"] == {"mu"}
+    groups = {name for name, hint in get_type_hints(Config).items() if hint not in (int, str)}
+    assert groups - {g.split(".")[0] for g in named} == {"eval", "runtime", "tracker", "data"}  # where, how and of what
+
+
+def test_the_partition_and_the_data_split_follow_the_seed():
+    one, two, again = (assembled([*BASE, f"seed={seed}"]).population for seed in (0, 1, 0))
+    assert one.rows.tolist() == again.rows.tolist()
+    assert one.rows.tolist() != two.rows.tolist()
+    assert one.test_y.tolist() == two.test_y.tolist()
+
+
+def test_settings_of_evaluation_decide_what_is_evaluated_and_nothing_else(outcome):
+    rows = {}
+    for setting in ("eval.every=1", "eval.every=2", "eval.clients=all", "eval.clients=2", "eval.batch_size=7"):
+        made = assembled([*BASE, "eval.every=1", setting])
+        ran = run(made.spec, made.population)
+        assert (ran.digests, ran.bytes) == outcome(*BASE)
+        rows[setting] = ran
+    every = rows["eval.every=1"].rows
+    assert all("test/accuracy" in row for row in every)
+    assert ["test/accuracy" in row for row in rows["eval.every=2"].rows] == [False, True, False, True]
+    asked = {s: [sum("test/accuracy" in c for c in record.clients) for record in rows[s].records] for s in rows}
+    assert asked["eval.every=1"] == [3] * 4
+    assert asked["eval.clients=all"] == [6] * 4
+    assert asked["eval.clients=2"] == [2] * 4
+    small = rows["eval.batch_size=7"].rows
+    for a, b in zip(every, small, strict=True):
+        assert a["test/accuracy"] == b["test/accuracy"]
+        assert a["test/loss"] == pytest.approx(b["test/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=label)
+def test_a_strategy_learns(strategy):
+    evaluation = EvalSpec(every=1, clients="cohort", batch_size=20)
+    given = spec(NoPruning(), strategy, rounds=25, cohort=EVERYONE, epochs=1, lr=0.3, evaluation=evaluation)
+    rows = run(given, population()).rows
+    assert rows[-1]["test/loss"] < 0.7 * rows[0]["test/loss"]
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"]
