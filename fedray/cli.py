@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None, folder: str | Path | None = None) -> Run:
+def run(
+    overrides: Sequence[str] = (), *, config_dir: str | Path | None = None, folder: str | Path | None = None
+) -> Run:
     """Run from Python, as `python -m fedray OVERRIDES` would: `fedray.run(["+experiment=quickstart", "seed=1"])`.
 
     config_dir: a folder of the user's own yaml and code. folder: the run directory; outputs/<name>/<time> without.
@@ -127,7 +129,9 @@ def _options_first(arguments: Sequence[str]) -> list[str]:
             overrides.append(argument)
             continue
         if name not in FLAGS and name not in VALUE_OPTIONS:
-            raise ConfigError(f"{name} is not an option; there are {', '.join(o for o in (*FLAGS, *VALUE_OPTIONS) if o[1] == '-')}")
+            raise ConfigError(
+                f"{name} is not an option; there are {', '.join(o for o in (*FLAGS, *VALUE_OPTIONS) if o[1] == '-')}"
+            )
         options.append(argument)
         if name in VALUE_OPTIONS and "=" not in argument:
             value = next(waiting, None)
@@ -137,9 +141,22 @@ def _options_first(arguments: Sequence[str]) -> list[str]:
     return [*options, *overrides]
 
 
-FLAGS = ("--help", "-h", "--hydra-help", "--version", "--run", "-r", "--multirun", "-m", "--resolve", "--shell-completion", "-sc")
+FLAGS = (
+    "--help",
+    "-h",
+    "--hydra-help",
+    "--version",
+    "--run",
+    "-r",
+    "--multirun",
+    "-m",
+    "--resolve",
+    "--shell-completion",
+    "-sc",
+)
 VALUE_OPTIONS = (
-    "--cfg", "-c", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--info", "-i",
+    "--cfg", "-c", "--config-dir", "-cd", "--config-name", "-cn",
+    "--config-path", "-cp", "--package", "-p", "--info", "-i",
 )  # fmt: skip
 
 
@@ -174,11 +191,19 @@ def _make_importable(folder: str | Path | None) -> None:
 
 def _composition_error(error: BaseException, overrides: Sequence[str]) -> ConfigError:
     """Hydra's and OmegaConf's errors as one sentence that names the key, the value, the rule and the remedy."""
+    from hydra.errors import OverrideParseException
+
     chain: list[BaseException] = []
     at: BaseException | None = error
     while at is not None and at not in chain:
         chain.append(at)
         at = at.__cause__ or at.__context__
+    for part in chain:
+        if isinstance(part, OverrideParseException):
+            return ConfigError(
+                f"{part.override!r} cannot be read; write key=value, as in rounds=20, and put a value with special "
+                "characters in quotes, as in 'name=\"a b\"'"
+            )
     text = "\n".join(str(e) for e in chain)
     missing = re.search(r"Could not find '([^']+)'\n\s*Available options in '([^']*)':\n((?:\s+\S+\n?)*)", text)
     if missing:
@@ -186,7 +211,10 @@ def _composition_error(error: BaseException, overrides: Sequence[str]) -> Config
         choices = ", ".join(listed.split())
         return ConfigError(f"{group}={option.removeprefix(group + '/')} does not exist; choose one of {choices}")
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' not in '[^']+'", text)
-    typed = re.search(r"Error merging override ([^\n]+)\n(?:.*\n)*?.*?Value '([^']*)' of type '\w+' could not be converted to (\w+)", text)
+    typed = re.search(
+        r"Error merging override ([^\n]+)\n(?:.*\n)*?.*?Value '([^']*)' of type '\w+' could not be converted to (\w+)",
+        text,
+    )
     if typed:
         override, value, kind = typed.groups()
         nouns = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}
@@ -201,7 +229,7 @@ def _composition_error(error: BaseException, overrides: Sequence[str]) -> Config
 
 
 def _unknown_key(key: str, text: str, overrides: Sequence[str]) -> str:
-    """`pruner.sparsty is not a setting; did you mean pruner.sparsity?` — the names come from the rest of the command."""
+    """`pruner.sparsty is not a setting; did you mean pruner.sparsity?`; the names come from the rest of the command."""
     import difflib
 
     from hydra import compose, initialize_config_dir
@@ -211,7 +239,9 @@ def _unknown_key(key: str, text: str, overrides: Sequence[str]) -> str:
 
     if "No match in the defaults list" in text:
         return f"{key} is not a group; python -m fedray --help lists the groups"
-    kept = [o for o in overrides if "=" in o and not o.lstrip("+~").startswith(key) and not o.startswith(("-", "hydra"))]
+    kept = [
+        o for o in overrides if "=" in o and not o.lstrip("+~").startswith(key) and not o.startswith(("-", "hydra"))
+    ]
     kept = [o for o in kept if "," not in o.split("=", 1)[1] or "[" in o]
     names: list[str] = []
     with contextlib.suppress(Exception), initialize_config_dir(conf_folder(), version_base="1.3"):
@@ -247,7 +277,9 @@ def _export(arguments: list[str]) -> None:
     parser.add_argument("--format", choices=("state_dict", "safetensors"), default="safetensors")
     parser.add_argument("--output", type=Path, help="the file; RUN/final/export.{pt,safetensors} without")
     parser.add_argument(
-        "--shrink", action="store_true", help="leave out units of which every weight is gone, where the next layer allows"
+        "--shrink",
+        action="store_true",
+        help="leave out units of which every weight is gone, where the next layer allows",
     )
     options = parser.parse_args(arguments)
     from fedray.config import maker_of_run

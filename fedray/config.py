@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import logging
 import math
 import types
 import typing
@@ -36,6 +37,9 @@ from fedray.sim.population import Population
 from fedray.sim.spec import EvalSpec, RunSpec, TrainerSpec
 from fedray.track.wandb import WandbConfig
 from fedray.train import LearningRate
+
+# What Hydra logs of a target that cannot be imported is in the sentence that we raise.
+logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)
 
 # -- the schema ------------------------------------------------------------------------------------------------------
 
@@ -490,7 +494,8 @@ def _target(node: Any, group: str) -> tuple[Any, dict[str, Any]]:
         target = get_object(path)
     except Exception as error:
         raise ConfigError(
-            f"{group}._target_ is {path!r}; it cannot be imported ({_first_line(error)}). Code beside --config-dir can"
+            f"{group}._target_ is {path!r}; it cannot be imported ({_first_line(error.__cause__ or error)}). "
+            "Code beside --config-dir can"
         ) from error
     if not callable(target):
         raise ConfigError(f"{group}._target_ is {path!r}; it must be a class or a function")
@@ -499,10 +504,18 @@ def _target(node: Any, group: str) -> tuple[Any, dict[str, Any]]:
     }
 
 
+def _parameters(target: Any) -> list[inspect.Parameter] | None:
+    """The parameters of a class or function; None where it does not tell, as some that are built in."""
+    try:
+        return list(inspect.signature(target).parameters.values())
+    except ValueError:
+        return None
+
+
 def _accepted(target: Any) -> list[str] | None:
     """Names of the arguments that a target takes; None if it takes any."""
-    parameters = inspect.signature(target).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+    parameters = _parameters(target)
+    if parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
@@ -517,7 +530,7 @@ def _check_arguments(
             raise ConfigError(
                 f"{group}.{argument} is not a setting of {name}; {_closest(argument, accepted, group + '.')}"
             )
-    for parameter in inspect.signature(target).parameters.values():
+    for parameter in _parameters(target) or []:
         required = parameter.default is parameter.empty and parameter.kind in (
             parameter.POSITIONAL_OR_KEYWORD,
             parameter.KEYWORD_ONLY,

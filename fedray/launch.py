@@ -69,7 +69,11 @@ def execute(assembly: Assembly, folder: Path) -> Run:
     title = f"{spec.name}  {spec.run_id}  seed {spec.seed}"
     with Progress(assembly.progress, spec.rounds, title) as progress:
         progress.note(describe(assembly))
-        stream = _inline(assembly, recording) if assembly.runtime.kind == "inline" else _on_ray(assembly, recording, progress)
+        stream = (
+            _inline(assembly, recording)
+            if assembly.runtime.kind == "inline"
+            else _on_ray(assembly, recording, progress)
+        )
         failure: BaseException | None = None
         status = ""
         for event in stream:
@@ -146,7 +150,7 @@ def _on_ray(assembly: Assembly, recording: Recording, progress: Progress) -> Ite
         driver, stream = ray_runtime.start_driver(
             sealed, assembly.population, plan, group, seed=spec.seed, recording=recording
         )
-        yield from ray_runtime.events(driver, stream)
+        yield from ray_runtime.events(stream)
         interrupted = False
     except KeyboardInterrupt:
         yield {"end": "interrupted"}

@@ -166,8 +166,8 @@ class Sums:
             if not -MAX_SUM < value.min() <= value.max() < MAX_SUM:
                 worst = start + int(np.abs(value).argmax())
                 raise NumericError(
-                    f"the sum of part {name!r} in tensor {total.layout.locate(worst)!r} reaches {np.abs(value).max():g}; "
-                    "sums are exact below 2^33. Lower trainer.lr, or weight clients uniformly"
+                    f"the sum of part {name!r} in tensor {total.layout.locate(worst)!r} reaches "
+                    f"{np.abs(value).max():g}; sums are exact below 2^33. Lower trainer.lr, or weight clients uniformly"
                 )
             if isinstance(weight, float):
                 value /= weight

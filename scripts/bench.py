@@ -118,7 +118,12 @@ def run_fedray(overrides: list[str], data: str) -> dict:
 
 
 def overrides_of(case: dict) -> list[str]:
-    return [f"+experiment={case['name']}", f"num_clients={case['clients']}", f"cohort={case['cohort']}", f"rounds={case['rounds']}"]
+    return [
+        f"+experiment={case['name']}",
+        f"num_clients={case['clients']}",
+        f"cohort={case['cohort']}",
+        f"rounds={case['rounds']}",
+    ]
 
 
 def quartiles(values: list[float]) -> str:
@@ -150,11 +155,13 @@ def driver_cost(data: str) -> str:
     """The driver's own CPU time with 100 clients a round that train zero steps."""
     case = {**CASES["thousand"], "rounds": 30}
     answer = run_fedray([*overrides_of(case), "trainer.epochs=null", "trainer.steps=0"], data)
-    return f"driver CPU in a 100-client round, 2NN, float32 wire, zero steps: {1e3 * answer['driver_cpu_s']:.1f} ms (limit 50)"
+    spent_ms = 1e3 * answer["driver_cpu_s"]
+    return f"driver CPU in a 100-client round, 2NN, float32 wire, zero steps: {spent_ms:.1f} ms (limit 50)"
 
 
 def startup(data: str) -> str:
     """Seconds from `ray.init` returning to the first finished round, with 1,000 logical clients."""
+    overrides = [*overrides_of({**CASES["thousand"], "rounds": 3}), *COMMON[:3], f"data.path={data}"]
     code = (
         "import os, sys, time, threading, tempfile, pathlib, ray\n"
         "ray.init(num_cpus=2, log_to_driver=False, logging_level='ERROR')\n"
@@ -167,7 +174,7 @@ def startup(data: str) -> str:
         "        time.sleep(0.02)\n"
         "    print('first', time.perf_counter() - t, flush=True)\n"
         "w = threading.Thread(target=watch, daemon=True); w.start()\n"
-        f"fedray.run({[*overrides_of({**CASES['thousand'], 'rounds': 3}), *COMMON[:3], f'data.path={data}']!r}, folder=folder)\n"
+        f"fedray.run({overrides!r}, folder=folder)\n"
         "w.join()\n"
     )
     values = []
@@ -189,7 +196,9 @@ def memory(data: str) -> str:
             f"data.path={data}", f"hydra.run.dir={folder}",
         ]  # fmt: skip
         samples: list[tuple[int, float]] = []
-        process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
         rows = Path(folder) / "rounds.jsonl"
         stop = threading.Event()
 
@@ -247,7 +256,10 @@ def main() -> None:
         else:
             lines.append({"driver": driver_cost, "startup": startup, "memory": memory}[name](data))
         print(lines[-1], flush=True)
-    print("\n| case | loop s/round | fedray s/round | ratio, median (quartiles) | required | aim | loop start s | fedray start s |")
+    print(
+        "\n| case | loop s/round | fedray s/round | ratio, median (quartiles) "
+        "| required | aim | loop start s | fedray start s |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     print("\n".join(lines))
 

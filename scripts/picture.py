@@ -29,7 +29,7 @@ WIDTH, HEIGHT = 96, 32
 class Shown:
     """A Progress of which a picture is taken when the summary comes; it has the same methods."""
 
-    def __init__(self, mode: str, rounds: int, title: str) -> None:
+    def __init__(self, _: str, rounds: int, title: str) -> None:
         screen = Console(file=io.StringIO(), force_terminal=True, width=WIDTH, height=HEIGHT)
         self.inner = Progress("live", rounds, title, screen)
         self.paper = Console(file=io.StringIO(), record=True, force_terminal=True, width=WIDTH)

@@ -1,4 +1,4 @@
-"""What every test shares: a quiet environment that writes nothing outside temporary folders, and where real data are."""
+"""What every test shares: a quiet environment that writes only to temporary folders, and where data are."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ os.environ |= {
     "WANDB_SILENT": "true",
     "FEDRAY_CACHE": str(Path(_SCRATCH.name) / "cache"),
 }
+# Processes that tests start import this checkout, wherever they run.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 # A cluster or an account of whoever runs the tests is none of theirs.
 for _name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "WANDB_API_KEY", "WANDB_BASE_URL", "FEDRAY_TRACEBACK"):
     os.environ.pop(_name, None)

@@ -111,7 +111,7 @@ def crosses_a_door(found: Import) -> bool:
     """Whether an import is one that the table does not allow."""
     if found.typing_only or found.target.split(".")[0] != "fedray":
         return False
-    here, there = room_of(found.module), (found.target.split(".") + ["__init__"])[1]
+    here, there = room_of(found.module), [*found.target.split("."), "__init__"][1]
     return there not in {here, "errors"} | DOORS[here]
 
 

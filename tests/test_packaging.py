@@ -32,7 +32,7 @@ def test_every_public_name_exists_and_is_documented() -> None:
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="fedray.*no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match=r"fedray.*no attribute 'nothing'"):
         fedray.nothing  # noqa: B018 - reading it is the test
 
 

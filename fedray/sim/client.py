@@ -137,7 +137,9 @@ class Worker:
             samples = self.population.test(begin, min(begin + batch_size, stop))
             for name, values in self.engine.evaluate(server.params, server.buffers, samples).items():
                 scores[name].append(values)
-        return EvalReply(tag=tag, start=start, scores={name: torch.cat(values).numpy() for name, values in scores.items()})
+        return EvalReply(
+            tag=tag, start=start, scores={name: torch.cat(values).numpy() for name, values in scores.items()}
+        )
 
     def intern(self, mask: Mask | None) -> Mask | None:
         """One object per distinct mask, so that its digest and indices are found once."""
@@ -171,7 +173,9 @@ class Worker:
         )
         fresh = record is None
         if record is None:
-            memories = tuple(self._hook(name, "init_client", ctx, policy.init_client, ctx) for name, policy in spec.policies)
+            memories = tuple(
+                self._hook(name, "init_client", ctx, policy.init_client, ctx) for name, policy in spec.policies
+            )
             record = Record(memories=memories, known=None)
         message = Message()
         for (name, policy), memory in zip(spec.policies, broadcast.memories, strict=True):
@@ -238,7 +242,9 @@ class Worker:
             raise ClientError(f"{at}: {type(error).__name__}: {error}") from error
 
 
-def _probe(engine: Engine, samples: Any, key: Any, params: Tree, buffers: Tree, mask: Mask | None, **options: Any) -> Any:
+def _probe(
+    engine: Engine, samples: Any, key: Any, params: Tree, buffers: Tree, mask: Mask | None, **options: Any
+) -> Any:
     return engine.probe(params, buffers, mask, samples, key, **options)
 
 

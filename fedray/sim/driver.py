@@ -72,10 +72,14 @@ class Driver:
         for round in range(1, self.spec.rounds + 1):
             started = time.perf_counter()
             cohort = self.spec.sample_cohort(round)
-            handle = self.runtime.put(
-                Broadcast(round=round, server=self.server, memories=self.memories, cohort=cohort)
-            )
-            sums, results = self._gather(round, handle, cohort, waiting)
+            handle = self.runtime.put(Broadcast(round=round, server=self.server, memories=self.memories, cohort=cohort))
+            try:
+                sums, results = self._gather(round, handle, cohort, waiting)
+            except FedrayError:
+                # The round before is complete but for its evaluation: a failure now must not lose it.
+                if waiting is not None:
+                    yield self._finish(waiting)
+                raise
             if waiting is not None:
                 yield self._close(waiting)
             waiting = self._settle(round, cohort, sums, results)
@@ -86,10 +90,14 @@ class Driver:
             waiting.row["time/driver_cpu_s"] = cpu_now - cpu_before
             cpu_before = cpu_now
         if waiting is not None:
-            for reply in self.runtime.run(None, (), self._evaluations(waiting)):
-                assert isinstance(reply, EvalReply)
-                waiting.scores.setdefault(reply.tag, {})[reply.start] = reply.scores
-            yield self._close(waiting)
+            yield self._finish(waiting)
+
+    def _finish(self, waiting: _Open) -> RoundRecord:
+        """Close a round beside which nothing is trained."""
+        for reply in self.runtime.run(None, (), self._evaluations(waiting)):
+            assert isinstance(reply, EvalReply)
+            waiting.scores.setdefault(reply.tag, {})[reply.start] = reply.scores
+        return self._close(waiting)
 
     def _gather(
         self, round: int, handle: Any, cohort: tuple[int, ...], waiting: _Open | None

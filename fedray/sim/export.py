@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,7 +61,7 @@ def shrunk(module: nn.Module, sample_shape: tuple[int, ...]) -> nn.Module:
     small = copy.deepcopy(module)
     chain = [m for m in small.modules() if isinstance(m, (*LAYERS, nn.modules.batchnorm._BatchNorm))]
     layers = [index for index, m in enumerate(chain) if isinstance(m, LAYERS)]
-    for here, there in zip(layers, layers[1:], strict=False):
+    for here, there in itertools.pairwise(layers):
         norms = [m for m in chain[here + 1 : there]]
         _shrink_pair(chain[here], norms, chain[there])
     generator = torch.Generator().manual_seed(0)
@@ -72,8 +73,8 @@ def shrunk(module: nn.Module, sample_shape: tuple[int, ...]) -> nn.Module:
         agree = False
     if not agree:
         raise ConfigError(
-            f"--shrink is set; the layers of {type(module).__name__} do not form a plain chain, so its dead units cannot "
-            "be cut out safely. Export without --shrink"
+            f"--shrink is set; the layers of {type(module).__name__} do not form a plain chain, so its dead units "
+            "cannot be cut out safely. Export without --shrink"
         )
     return small
 
@@ -113,4 +114,3 @@ def _keep(module: Any, name: str, alive: Tensor, axis: int = 0) -> None:
         return
     kept = value.detach()[alive] if axis == 0 else value.detach()[:, alive]
     setattr(module, name, nn.Parameter(kept.clone()) if isinstance(value, nn.Parameter) else kept.clone())
-

@@ -84,21 +84,22 @@ def make_plan(
     start_up = ACTOR_CPU_SECONDS * num_clients / max(cluster.cpus, 1)
     if clients_per_actor == "auto":
         if num_clients <= room and start_up <= STARTUP_SECONDS:
-            packed, why = 1, "every client has an actor of its own"
+            actors, packed, why = num_clients, 1, "every client has an actor of its own"
         else:
-            packed = math.ceil(num_clients / min(num_slots, num_clients))
+            actors = min(num_slots, num_clients)
+            packed = math.ceil(num_clients / actors)
             why = (
-                f"one actor per client would need {num_clients * ACTOR_BYTES / 1e9:.1f} GB and {start_up:.0f} s to start, "
-                f"so each slot has one actor with up to {packed} clients"
+                f"one actor per client would need {num_clients * ACTOR_BYTES / 1e9:.1f} GB and {start_up:.0f} s to "
+                f"start, so each slot has one actor with up to {packed} clients"
             )
     else:
         packed, why = min(clients_per_actor, num_clients), f"runtime.clients_per_actor={clients_per_actor}"
-    actors = math.ceil(num_clients / packed)
+        actors = math.ceil(num_clients / packed)
     if actors > max(room, 1):
         raise ConfigError(
-            f"runtime.clients_per_actor is {clients_per_actor}; {actors} actors need about {actors * ACTOR_BYTES / 1e9:.1f} GB "
-            f"and this cluster has {cluster.memory_bytes * MEMORY_SHARE / 1e9:.1f} GB for them. Use "
-            f"runtime.clients_per_actor=auto, or {math.ceil(num_clients / max(room, 1))} or more"
+            f"runtime.clients_per_actor is {clients_per_actor}; {actors} actors need about "
+            f"{actors * ACTOR_BYTES / 1e9:.1f} GB and this cluster has "
+            f"{cluster.memory_bytes * MEMORY_SHARE / 1e9:.1f} GB for them. Use runtime.clients_per_actor=auto, or {math.ceil(num_clients / max(room, 1))} or more"
         )
     num_slots = min(num_slots, actors)
     per_bundle = math.ceil(actors / num_slots)
@@ -109,9 +110,9 @@ def make_plan(
         bundle["GPU"] = math.floor(1e4 / per_gpu) / 1e4
     gpu_share = math.floor(1e4 * bundle["GPU"] / per_bundle) / 1e4 if device == "cuda" else 0.0
     forecast = (
-        f"{num_clients} clients in {actors} actor{'s' if actors > 1 else ''} on {num_slots} slot{'s' if num_slots > 1 else ''} "
-        f"({device}): {why}; forecast {actors * ACTOR_BYTES / 1e9:.1f} GB, "
-        f"{ACTOR_CPU_SECONDS * actors / max(cluster.cpus, 1):.0f} s to start"
+        f"{num_clients} clients in {actors} actor{'s' if actors > 1 else ''} on "
+        f"{num_slots} slot{'s' if num_slots > 1 else ''} ({device}): {why}; "
+        f"forecast {actors * ACTOR_BYTES / 1e9:.1f} GB, {ACTOR_CPU_SECONDS * actors / max(cluster.cpus, 1):.0f} s to start"
     )
     return Plan(
         slots=num_slots,

@@ -23,8 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
     GetTimeoutError,
     ObjectLostError,
     OutOfMemoryError,
@@ -47,6 +45,7 @@ if TYPE_CHECKING:
 LOST = (RayActorError, WorkerCrashedError, OwnerDiedError, ObjectLostError, OutOfMemoryError)
 """What a dead process looks like to whoever waits for it."""
 MAX_DEATHS = 3
+MAX_RESTART_TRIES = 240  # half-second waits for a process that Ray is restarting
 POLL_SECONDS = 0.5  # how soon a run that waits for an answer notices that it was asked to stop
 
 
@@ -108,7 +107,9 @@ def connect(address: str | None, *, num_cpus: int | None, temp_dir: str | None) 
         ray.init(num_cpus=num_cpus, include_dashboard=True, dashboard_port=0, _temp_dir=temp_dir, **quiet)
     except OSError as error:
         # A socket's path has at most 107 bytes, of which Ray needs about 60.
-        raise ConfigError(f"runtime.temp_dir is {temp_dir!r}; Ray cannot work there ({error}). Choose a short path") from error
+        raise ConfigError(
+            f"runtime.temp_dir is {temp_dir!r}; Ray cannot work there ({error}). Choose a short path"
+        ) from error
     return True
 
 
@@ -127,9 +128,7 @@ def look_at_cluster() -> Cluster:
     for node in ray.nodes():
         if node["Alive"]:
             memory += node["Resources"].get("memory", 0.0)
-    return Cluster(
-        cpus=total.get("CPU", 0.0), gpus=total.get("GPU", 0.0), memory_bytes=memory, gpu_bytes=gpu_bytes
-    )
+    return Cluster(cpus=total.get("CPU", 0.0), gpus=total.get("GPU", 0.0), memory_bytes=memory, gpu_bytes=gpu_bytes)
 
 
 def wait_for_group(group: PlacementGroup, plan: Plan, note: Callable[[str], None]) -> None:
@@ -139,8 +138,8 @@ def wait_for_group(group: PlacementGroup, plan: Plan, note: Callable[[str], None
         waited += 15
         free = ray.available_resources()
         note(
-            f"waiting for {plan.slots} x {plan.bundle}: free now {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU "
-            f"({waited} s); other runs hold the rest"
+            f"waiting for {plan.slots} x {plan.bundle}: free now {free.get('CPU', 0):g} CPU, "
+            f"{free.get('GPU', 0):g} GPU ({waited} s); other runs hold the rest"
         )
 
 
@@ -208,12 +207,14 @@ class Failure:
 
 @dataclass
 class _Call:
-    """One call in flight or waiting. actor None: any."""
+    """One call in flight or waiting: training, an evaluation, or the wait for a restarted process. actor None: any."""
 
     cost: float
     actor: int | None
     clients: tuple[int, ...] = ()
     evaluation: EvalWork | None = None
+    restart: bool = False
+    tries: int = 0
 
 
 class RayRuntime:
@@ -259,27 +260,23 @@ class RayRuntime:
 
     def wait_ready(self) -> tuple[str, str]:
         """Until every actor has loaded its model."""
-        waiting = {actor.ready.remote(): index for index, actor in enumerate(self.actors)}
-        answers: dict[int, tuple[int, str, str]] = {}
-        attempts = dict.fromkeys(range(len(self.actors)), 0)
+        waiting = {actor.ready.remote(): (index, 0) for index, actor in enumerate(self.actors)}
+        engine = ("", "")
         while waiting:
             for ref in self._wait(list(waiting)):
-                index = waiting.pop(ref)
+                index, tries = waiting.pop(ref)
                 try:
-                    answers[index] = ray.get(ref)
+                    _, *found = ray.get(ref)
+                    engine = (found[0], found[1])
                 except RayTaskError as error:
                     raise _cause(error) from error
-                except ActorDiedError as error:
-                    # A constructor that raises ends the actor for good; the reason is in the error.
-                    if "creation" in str(error):
-                        raise RunError(f"a client actor could not start: {_last_line(str(error))}") from error
-                    attempts[index] = self._count(attempts[index], f"actor {index}", error)
-                    waiting[self.actors[index].ready.remote()] = index
                 except LOST as error:
-                    attempts[index] = self._count(attempts[index], f"actor {index}", error)
-                    waiting[self.actors[index].ready.remote()] = index
-        self.pids = [answers[index][0] for index in range(len(self.actors))]
-        return answers[0][1], answers[0][2]
+                    # A constructor that raises ends the actor for good; the reason is in the error.
+                    if "creation task" in str(error) or tries >= MAX_DEATHS:
+                        raise RunError(f"client actor {index} could not start: {_last_line(str(error))}") from error
+                    time.sleep(POLL_SECONDS)
+                    waiting[self.actors[index].ready.remote()] = (index, tries + 1)
+        return engine
 
     def put(self, value: Broadcast | Server) -> Any:
         return ray.put(value)
@@ -306,9 +303,16 @@ class RayRuntime:
                 flying[ref] = (call, actor, records)
             for ref in self._wait(list(flying)):
                 call, actor, records = flying.pop(ref)
+                try:
+                    reply = self._receive(ref, actor, records)
+                except LOST as error:
+                    # Nothing is sent to a process that is not back: a call that fails there is a death of its own.
+                    waiting[:0] = self._again(call, actor, error)
+                    restart = _Call(cost=0.0, actor=actor, restart=True, tries=call.tries + 1 if call.restart else 0)
+                    flying[self.actors[actor].ready.remote()] = (restart, actor, None)
+                    continue
                 busy.discard(actor)
-                reply = self._receive(ref, call, actor, records, waiting)
-                if reply is not None:
+                if not call.restart:
                     yield reply
 
     # -- inside --------------------------------------------------------------------------------------------------
@@ -349,39 +353,36 @@ class RayRuntime:
         reply, records = handle.train.options(num_returns=2).remote(broadcast, call.clients, versions, *held)
         return reply, records
 
-    def _receive(self, ref: Any, call: _Call, actor: int, records: Any, waiting: list[_Call]) -> Any:
+    def _receive(self, ref: Any, actor: int, records: Any) -> Any:
         try:
             reply = ray.get(ref)
         except RayTaskError as error:
             raise _cause(error) from error
-        except LOST as error:
-            self._lost(call, actor, error, waiting)
-            return None
         if isinstance(reply, Failure):
             raise reply.error
         for result in getattr(reply, "results", ()):
             if result.record_changed:
                 self.committed[result.client] = (result.transfers[0].round, records)
-                self.held_by[result.client] = actor
-            elif result.client in self.committed:
-                self.held_by[result.client] = actor
+            self.held_by[result.client] = actor
         return reply
 
-    def _lost(self, call: _Call, actor: int, error: Exception, waiting: list[_Call]) -> None:
-        """A process died under this call: repeat it, one client at a time, so that a culprit is found."""
+    def _again(self, call: _Call, actor: int, error: Exception) -> list[_Call]:
+        """A process died under this call: what is to be repeated, one client at a time, so that a culprit is found."""
         for client in [c for c, holder in self.held_by.items() if holder == actor]:
             del self.held_by[client]
-        self.losses.append(f"actor {actor} died under {call.clients or 'an evaluation'}: {_last_line(str(error))}")
-        time.sleep(0.1)
+        if call.restart:
+            if call.tries >= MAX_RESTART_TRIES:
+                raise RunError(f"actor {actor} does not come back ({_last_line(str(error))}); see {self.log_path}")
+            time.sleep(POLL_SECONDS)
+            return []
+        work = f"clients {', '.join(map(str, call.clients))}" if call.clients else "an evaluation"
+        self.losses.append(f"actor {actor} died under {work}; restarting it and repeating the call")
         if call.evaluation is not None:
-            call.cost -= 1
-            if call.cost <= -MAX_DEATHS:
-                raise RunError(f"an evaluation lost its actor {MAX_DEATHS} times ({_last_line(str(error))}); see {self.log_path}")
-            waiting.append(call)
-            return
+            tries = self._count(call.tries, "an evaluation", error)
+            return [_Call(cost=call.cost, actor=None, evaluation=call.evaluation, tries=tries)]
         for client in call.clients:
             self.deaths[client] = self._count(self.deaths.get(client, 0), f"client {client}", error)
-            waiting.insert(0, _Call(cost=call.cost, actor=actor, clients=(client,)))
+        return [_Call(cost=call.cost, actor=actor, clients=(client,)) for client in call.clients]
 
     def _count(self, deaths: int, whose: str, error: Exception) -> int:
         if deaths + 1 >= MAX_DEATHS:
@@ -469,7 +470,7 @@ def start_driver(
     return driver, driver.rounds.options(num_returns="streaming").remote()
 
 
-def events(driver: Any, stream: Any) -> Iterator[dict[str, Any]]:
+def events(stream: Any) -> Iterator[dict[str, Any]]:
     """What the driver reports, as it happens. Raises RunError if its process dies."""
     try:
         for ref in stream:
@@ -517,5 +518,7 @@ def probe_gpu(sealed: Sealed, population: Any) -> tuple[int, int]:
 
         return torch.cuda.get_device_properties(0).total_memory, peak_gpu_bytes(sealed.open(), population)
 
-    answer = ray.get(ray.remote(measure).options(num_gpus=1, max_retries=0, max_calls=1).remote(sealed, ray.put(population)))
+    answer = ray.get(
+        ray.remote(measure).options(num_gpus=1, max_retries=0, max_calls=1).remote(sealed, ray.put(population))
+    )
     return int(answer[0]), int(answer[1])

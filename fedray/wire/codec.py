@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedray.errors import WireError
+from fedray.errors import NumericError, WireError
 from fedray.round import Message, Part, PartSpec
 from fedray.tree import Layout, Mask, Tree, tensor_view
 from fedray.wire import packet
@@ -61,8 +61,7 @@ class Codec:
             if spec is None or spec.direction not in (direction, "both"):
                 raise ValueError(f"part {name!r} goes {direction}, but no policy declares it so in `parts`")
             support, own_code, own = self._support(part, message.mask)
-            flat = part.value.flat if part.support is None else part.value.flat[part.support.indices]
-            data: Any = stage.encode(flat.numpy())  # an array, which numpy's stubs do not know as a buffer
+            data = self._values(stage, name, part)
             headers.append(PartHeader(self.names.index(name), support, own_code, len(data), part.weight, own))
             values.append(data)
             sizes.append(
@@ -111,6 +110,19 @@ class Codec:
         if at != len(payload):
             raise WireError(f"a payload has {len(payload) - at} bytes too many")
         return Message(parts=parts, mask=mask)
+
+    def _values(self, stage: Stage, name: str, part: Part) -> Any:
+        """The array that travels, which numpy's stubs do not know as a buffer."""
+        flat = part.value.flat if part.support is None else part.value.flat[part.support.indices]
+        try:
+            return stage.encode(flat.numpy())
+        except NumericError as error:
+            for tensor, values in part.value.items():
+                try:
+                    stage.encode(values.reshape(-1).numpy())
+                except NumericError:
+                    raise NumericError(f"part {name!r}, tensor {tensor!r}: {error}") from error
+            raise
 
     def _read_header(self, header: PartHeader, direction: Direction, mask: Mask | None) -> tuple[str, Mask | None]:
         """The name of a part and the mask of its values; mask: the message's."""

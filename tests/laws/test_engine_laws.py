@@ -1,4 +1,4 @@
-"""The engine trains as torch.optim does on the same batches, recorded or not, and keeps masks, statistics and clients apart."""
+"""The engine trains as torch.optim does on the same batches, recorded or not; masks, statistics, clients stay apart."""
 
 import copy
 import itertools
@@ -551,7 +551,9 @@ def test_scores_do_not_depend_on_the_batch_size_nor_on_how_rows_are_dealt_to_cal
         assert np.array_equal(pieces, at_once[name])
         np.testing.assert_allclose(pieces, whole[name], rtol=1e-4, atol=1e-5)
         for size in (1, 7):
-            np.testing.assert_allclose(worker.evaluate(server, 0, 20, size, "t").scores[name], whole[name], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(
+                worker.evaluate(server, 0, 20, size, "t").scores[name], whole[name], rtol=1e-4, atol=1e-5
+            )
     with torch.no_grad():
         worker.engine._load(server.params, server.buffers, None)
         x, y = population(model).test(0, 20).take(slice(None), torch.device("cpu"))

@@ -141,7 +141,12 @@ def test_pickling_keeps_bits_seed_and_digest():
 
 
 def draws(key):
-    return key.digest, key.numpy().random(4).tolist(), torch.rand(4, generator=key.torch()).tolist(), key.permutation(9).tolist()
+    return (
+        key.digest,
+        key.numpy().random(4).tolist(),
+        torch.rand(4, generator=key.torch()).tolist(),
+        key.permutation(9).tolist(),
+    )
 
 
 def test_a_key_is_pure():
@@ -212,7 +217,9 @@ def test_a_cohort_is_a_function_of_seed_and_round_without_replacement():
 
 @pytest.mark.parametrize("model", MODELS)
 def test_two_methods_at_one_seed_start_from_the_same_weights(model):
-    a, b = (Worker(spec(*policies, model=model), population(model)) for policies in ((), (FedDST(sparsity=0.5), FedAvg())))
+    a, b = (
+        Worker(spec(*policies, model=model), population(model)) for policies in ((), (FedDST(sparsity=0.5), FedAvg()))
+    )
     assert tree.equal(a.origin, b.origin)
     assert tree.equal(a.origin_buffers, b.origin_buffers)
     other = Worker(spec(model=model, seed=1), population(model))

@@ -128,7 +128,9 @@ def test_float32_keeps_every_bit_pattern_and_every_mask(kept, own, pattern, weig
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
-@given(st.lists(st.booleans(), max_size=3000) | st.tuples(st.integers(0, 5000), st.sets(st.integers(0, 4999), max_size=9)))
+@given(
+    st.lists(st.booleans(), max_size=3000) | st.tuples(st.integers(0, 5000), st.sets(st.integers(0, 4999), max_size=9))
+)
 def test_gaps_give_back_any_mask(drawn):
     if isinstance(drawn, tuple):  # few kept, far apart: gaps above one byte
         size, places = drawn
@@ -281,7 +283,7 @@ def test_float16_is_rounded_to_nearest_even_and_refuses_what_it_cannot_hold():
     assert equal(back["delta"], halved(values))
     for bad in (65520.0, -1e6, float("inf"), float("nan")):
         values.flat[7] = bad
-        with pytest.raises(NumericError, match="does not fit float16"):
+        with pytest.raises(NumericError, match=r"part 'delta', tensor 'fc\.weight'.* does not fit float16"):
             there_and_back(upload(None, values=values), None, "float16")
 
 
@@ -314,7 +316,7 @@ def survives(payload, known):
     try:
         message = codec().decode(payload, direction="up", known=known)
     except WireError as error:
-        assert "\n" not in str(error)
+        assert "\n" not in str(error)  # noqa: PT017 - either outcome is allowed here
         return False
     for part in message.parts.values():
         assert part.value.flat.shape == (part.value.layout.size,)

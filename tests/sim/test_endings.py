@@ -68,7 +68,7 @@ def test_ctrl_c_ends_a_run_cleanly(tmp_path: Path, session: str) -> None:
     process = start(tmp_path, session, "rounds=100000", f"hydra.run.dir={folder}")
     wait_for_rows(folder, 5, process)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert f"finished rounds are in {folder}" in err
@@ -100,8 +100,17 @@ def test_kill_9_of_the_driver_loses_no_finished_round(tmp_path: Path, session: s
 
 
 def test_a_sweep_uses_one_cluster_and_leaves_one_folder_a_cell(tmp_path: Path, session: str) -> None:
-    process = start(tmp_path, session, "-m", "rounds=2", "seed=0,1", "pruner=random", "pruner.sparsity=0.5", f"hydra.sweep.dir={tmp_path}/sweep")
-    out, err = process.communicate(timeout=120)
+    process = start(
+        tmp_path,
+        session,
+        "-m",
+        "rounds=2",
+        "seed=0,1",
+        "pruner=random",
+        "pruner.sparsity=0.5",
+        f"hydra.sweep.dir={tmp_path}/sweep",
+    )
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     runs = sorted(path.parent for path in (tmp_path / "sweep").glob("*/rounds.jsonl"))
     assert len(runs) == 2
@@ -123,13 +132,15 @@ def test_an_existing_cluster_is_joined_and_survives(tmp_path: Path, session: str
         "class Loud(Policy):\n"
         "    pass\n"
     )
-    context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", _temp_dir=session)
+    context = ray.init(
+        num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", _temp_dir=session
+    )
     try:
         address = context.address_info["gcs_address"]
         overrides = [q for q in QUICK if not q.startswith("runtime.num_cpus")]
         command = [
-            sys.executable, "-m", "fedray", "--config-dir", str(mine), *overrides, "rounds=2", f"runtime.address={address}",
-            "+correction.loud._target_=loud.Loud", f"hydra.run.dir={tmp_path}/run",
+            sys.executable, "-m", "fedray", "--config-dir", str(mine), *overrides, "rounds=2",
+            f"runtime.address={address}", "+correction.loud._target_=loud.Loud", f"hydra.run.dir={tmp_path}/run",
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -162,8 +173,13 @@ def test_a_cluster_that_wants_a_token_is_one_sentence_with_the_remedy(tmp_path: 
     )
     secret = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}
     with subprocess.Popen(
-        [sys.executable, "-c", head], env=secret, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as cluster:  # fmt: skip
+        [sys.executable, "-c", head],
+        env=secret,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as cluster:
         assert cluster.stdout is not None
         address = next(line.strip() for line in cluster.stdout if re.fullmatch(r"[\d.]+:\d+", line.strip()))
         process = start(tmp_path, session, f"runtime.address={address}", "runtime.num_cpus=null")
@@ -182,7 +198,10 @@ def test_wandb_shows_the_rows_of_rounds_jsonl(tmp_path: Path, session: str) -> N
     assert process.returncode == 0, err
     (path,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
     inspected = subprocess.run(
-        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     history = [json.loads(line) for line in inspected.stdout.splitlines()]
     rows = [record["history"]["item"] for record in history if record["type"] == "history"]

@@ -61,7 +61,12 @@ def client_actors() -> list[dict[str, Any]]:
     from ray.util.state import list_actors
 
     # Other clusters may run on this machine.
-    rows = list_actors(address=ray.get_runtime_context().gcs_address, filters=[("class_name", "=", "ClientActor"), ("state", "!=", "DEAD")], limit=1000, detail=True)
+    rows = list_actors(
+        address=ray.get_runtime_context().gcs_address,
+        filters=[("class_name", "=", "ClientActor"), ("state", "!=", "DEAD")],
+        limit=1000,
+        detail=True,
+    )
     return [row if isinstance(row, dict) else vars(row) for row in rows]
 
 
@@ -153,7 +158,8 @@ def test_three_deaths_of_a_client_end_the_run_and_name_it(cluster: None, tmp_pat
             config_dir=source,
             folder=tmp_path / "run",
         )
-    assert len(read_rows(tmp_path / "run")) >= 1
+    (row,) = read_rows(tmp_path / "run")  # the round before the fatal one, evaluation and all
+    assert row["test/accuracy"] > 0
     assert nothing_is_left()
 
 
@@ -167,7 +173,13 @@ def test_a_diverging_run_names_client_part_and_tensor(cluster: None, tmp_path: P
 def test_more_actors_than_fit_are_refused(cluster: None, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"runtime\.clients_per_actor is 1; 1000 actors need about 200\.0 GB"):
         fedray.run(
-            ["data=digits", "num_clients=1000", "partition=iid", "runtime.clients_per_actor=1", "tracker.progress=none"],
+            [
+                "data=digits",
+                "num_clients=1000",
+                "partition=iid",
+                "runtime.clients_per_actor=1",
+                "tracker.progress=none",
+            ],
             folder=tmp_path / "run",
         )
 
