@@ -3,12 +3,13 @@
 A client contributes a value x, a weight w and the coordinates m that it vouches for. Contributions add per
 coordinate: `total += w*m*x`, `weight += w*m`. A float sum depends on its order; this one does not: each float64
 product is split on three fixed grids, multiples of 2^-20, 2^-53 and 2^-86, by adding and subtracting a rounding
-constant, and each plane is summed in float64, where it stays exact while |w*x| < 2^31, the sum stays below 2^33
+constant, and each plane is summed in float64, where it stays exact while |w*x| < 2^31, no partial sum passes 2^33
 and there are at most 2^20 contributions. Anything beyond, and anything not finite, is refused.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,8 @@ def _split(value: float) -> np.ndarray:
 class _Total:
     """The running sum of one part.
 
-    planes: float64 (3, n). count: contributions so far.
+    planes: float64 (3, n). count: contributions so far. reach: the sum over contributions of the largest |w*x|,
+            rounded up; no partial sum, in whatever order, was beyond it.
     weight: planes of the summed weight: (3,) while every contribution had the same support, else (3, n).
     support: that common support; None for all coordinates, and where `weight` is per coordinate.
     """
@@ -71,6 +73,7 @@ class _Total:
     weight: np.ndarray
     support: Mask | None
     count: int
+    reach: int
 
     def per_coordinate(self) -> np.ndarray:
         """The planes of the weight of each coordinate, shape (3, n)."""
@@ -99,11 +102,11 @@ class Sums:
     def add(self, message: Message, *, who: str = "a client") -> Sums:
         """Add one client's message. Raises NumericError that names `who`, the part and the tensor."""
         for name, part in message.parts.items():
-            _refuse_unfit(name, part, who)
+            largest = _largest_fit(name, part, who)
             layout, support = part.value.layout, part.support
             total = self._totals.get(name)
             if total is None:
-                total = _Total(layout, np.zeros((3, layout.size)), np.zeros(3), support, 0)
+                total = _Total(layout, np.zeros((3, layout.size)), np.zeros(3), support, 0, 0)
                 self._totals[name] = total
             weight = _split(part.weight)
             if not total.same_support(support):
@@ -112,6 +115,7 @@ class Sums:
                 weight = weight[:, None] * (1.0 if support is None else support.flat.numpy())
             total.weight = total.weight + weight
             total.count += 1
+            total.reach += math.ceil(largest)
             _add_products(total.planes, part.value.flat.numpy(), part.weight)
         return self
 
@@ -121,7 +125,12 @@ class Sums:
             mine = self._totals.get(name)
             if mine is None:
                 self._totals[name] = _Total(
-                    theirs.layout, theirs.planes.copy(), theirs.weight.copy(), theirs.support, theirs.count
+                    theirs.layout,
+                    theirs.planes.copy(),
+                    theirs.weight.copy(),
+                    theirs.support,
+                    theirs.count,
+                    theirs.reach,
                 )
                 continue
             if theirs.weight.ndim == 1 and mine.same_support(theirs.support):
@@ -130,6 +139,7 @@ class Sums:
                 mine.weight, mine.support = mine.per_coordinate() + theirs.per_coordinate(), None
             mine.planes += theirs.planes
             mine.count += theirs.count
+            mine.reach += theirs.reach
         return self
 
     def __add__(self, other: Sums) -> Sums:
@@ -152,23 +162,24 @@ class Sums:
     def mean(self, name: str, *, otherwise: Tree | float) -> Tree:
         """The weighted mean per coordinate, float32; `otherwise` where nobody vouched.
 
-        Raises NumericError where the sum left the range in which it is exact.
+        Raises NumericError where a partial sum may have left the range in which it is exact.
         """
         total = self._totals[name]
         if total.count > MAX_COUNT:
             raise NumericError(f"{total.count} contributions of part {name!r}; sums are exact up to {MAX_COUNT}")
+        if total.reach >= MAX_SUM:
+            # Also where large values cancelled in the end: what was rounded on the way depends on the order.
+            worst = int(np.abs(total.planes[0]).argmax())
+            raise NumericError(
+                f"the sum of part {name!r} may reach {total.reach:g}, most of all in tensor "
+                f"{total.layout.locate(worst)!r}; sums are exact below 2^33. Lower trainer.lr, or weight clients uniformly"
+            )
         weight = total.weight if total.weight.ndim == 2 else float(total.weight.sum())
         out = np.empty(total.layout.size, np.float32)
         for start in range(0, total.layout.size, BLOCK):
             here = slice(start, start + BLOCK)
             value = total.planes[0, here] + total.planes[1, here]
             value += total.planes[2, here]
-            if not -MAX_SUM < value.min() <= value.max() < MAX_SUM:
-                worst = start + int(np.abs(value).argmax())
-                raise NumericError(
-                    f"the sum of part {name!r} in tensor {total.layout.locate(worst)!r} reaches "
-                    f"{np.abs(value).max():g}; sums are exact below 2^33. Lower trainer.lr, or weight clients uniformly"
-                )
             if isinstance(weight, float):
                 value /= weight
             else:
@@ -183,16 +194,18 @@ class Sums:
         return Tree(total.layout, mean)
 
 
-def _refuse_unfit(name: str, part: Part, who: str) -> None:
+def _largest_fit(name: str, part: Part, who: str) -> float:
+    """The largest |weight * value| of a part. Raises NumericError for what cannot be summed."""
     if not 0.0 < part.weight < MAX_TERM:
         raise NumericError(f"{who} sent part {name!r} with weight {part.weight}; a weight is above 0 and finite")
     flat = part.value.flat
     if flat.numel() == 0:
-        return
+        return 0.0
     # One pass; both are NaN if anything is.
     low, high = torch.aminmax(flat)
-    if max(-float(low), float(high)) * part.weight < MAX_TERM:
-        return
+    largest = max(-float(low), float(high)) * part.weight
+    if largest < MAX_TERM:
+        return largest
     bad = (~torch.isfinite(flat)).nonzero()
     at = int(bad[0]) if len(bad) else int(flat.abs().argmax())
     tensor = part.value.layout.locate(at)

@@ -99,7 +99,8 @@ def make_plan(
         raise ConfigError(
             f"runtime.clients_per_actor is {clients_per_actor}; {actors} actors need about "
             f"{actors * ACTOR_BYTES / 1e9:.1f} GB and this cluster has "
-            f"{cluster.memory_bytes * MEMORY_SHARE / 1e9:.1f} GB for them. Use runtime.clients_per_actor=auto, or {math.ceil(num_clients / max(room, 1))} or more"
+            f"{cluster.memory_bytes * MEMORY_SHARE / 1e9:.1f} GB for them. Use "
+            f"runtime.clients_per_actor=auto, or {math.ceil(num_clients / max(room, 1))} or more"
         )
     num_slots = min(num_slots, actors)
     per_bundle = math.ceil(actors / num_slots)
@@ -112,7 +113,8 @@ def make_plan(
     forecast = (
         f"{num_clients} clients in {actors} actor{'s' if actors > 1 else ''} on "
         f"{num_slots} slot{'s' if num_slots > 1 else ''} ({device}): {why}; "
-        f"forecast {actors * ACTOR_BYTES / 1e9:.1f} GB, {ACTOR_CPU_SECONDS * actors / max(cluster.cpus, 1):.0f} s to start"
+        f"forecast {actors * ACTOR_BYTES / 1e9:.1f} GB, "
+        f"{ACTOR_CPU_SECONDS * actors / max(cluster.cpus, 1):.0f} s to start"
     )
     return Plan(
         slots=num_slots,

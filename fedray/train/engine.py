@@ -95,7 +95,7 @@ class Engine:
     def fit(self, job: Job, received: Message, samples: Samples, key: Key) -> Fit:
         """Run a job on a client's samples. key: of this client in this round."""
         self._load(job.params, job.buffers, job.mask)
-        self.module.train()
+        self._mode(training=True)
         update = _Update(self, job)
         loss_sum = torch.zeros((), device=self.device)
         with torch.random.fork_rng(devices=[]):
@@ -133,7 +133,7 @@ class Engine:
     ) -> tuple[Mapping[str, float], Mapping[Evidence, Tree]]:
         """Mean loss and, where wanted, the dense gradient at `params` restricted to `mask`; see round.Probe."""
         self._load(params, buffers, mask)
-        self.module.train()
+        self._mode(training=True)
         count = len(samples) if batch_size is None else min(batch_size, len(samples))
         order = key.fold("probe").permutation(len(samples))[:count]
         total, loss = self.arrangement.empty(), 0.0
@@ -168,10 +168,15 @@ class Engine:
     def evaluate(self, params: Tree, buffers: Tree, samples: Samples) -> dict[str, Tensor]:
         """Every metric of the task per sample, float32 (m,), in one forward pass over these samples."""
         self._load(params, buffers, None)
-        self.module.eval()
+        self._mode(training=False)
         with torch.inference_mode():
             x, y = samples.take(slice(None), self.device)
             return {name: value.cpu() for name, value in self.task.score(self.module(x), y).items()}
+
+    def _mode(self, *, training: bool) -> None:
+        # Walking through the modules costs as much as a small layer: only where it changes something.
+        if self.module.training != training:
+            self.module.train(training)
 
     def _seed(self, seed: int) -> None:
         """Seed the generators that this engine's kernels draw from; `torch.manual_seed` would queue a call (and a

@@ -48,9 +48,9 @@ class TracedStep:
         except Exception as error:  # whatever a user's module does under a tracer
             raise NotTraceable(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
         _clean(recorded.graph)
-        self._gradients = _compiled(recorded, recorded.graph)
+        self._gradients = _compiled(recorded.graph)
         graph, self._folded = _fold_products(recorded.graph)
-        self._operands = _compiled(recorded, graph)
+        self._operands = _compiled(graph)
 
     def gradients(self, params: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         """The loss, then one gradient per parameter."""
@@ -98,6 +98,44 @@ def _fold_products(graph: torch.fx.Graph) -> tuple[torch.fx.Graph, list[bool]]:
     return copy, folded
 
 
-def _compiled(root: nn.Module, graph: torch.fx.Graph) -> Callable[..., Any]:
-    graph.set_codegen(torch.fx.graph.CodeGen())  # plain positional arguments, no pytree at every call
-    return torch.fx.GraphModule(root, graph).forward
+def _compiled(graph: torch.fx.Graph) -> Callable[..., Any]:
+    """The graph as one Python function of positional arguments.
+
+    torch.fx would wrap every operator in a Python call and the whole in a module's; here each line calls the C++
+    operator itself, and a value is dropped after the last line that reads it.
+    """
+    constants: dict[str, Any] = {}
+    names: dict[torch.fx.Node, str] = {}
+
+    def written(value: Any) -> str:
+        if isinstance(value, torch.fx.Node):
+            return names[value]
+        if isinstance(value, list | tuple):
+            return "[" + ", ".join(written(item) for item in value) + "]"
+        constants[f"c{len(constants)}"] = value
+        return f"c{len(constants) - 1}"
+
+    last_use: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in graph.nodes:
+        for used in node.all_input_nodes:
+            last_use[used] = node
+    inputs, lines = [], []
+    for index, node in enumerate(graph.nodes):
+        names[node] = f"v{index}"
+        if node.op == "placeholder":
+            inputs.append(names[node])
+        elif node.op == "output":
+            lines.append(f"return {written(node.args[0])}")
+        elif node.op == "call_function":
+            operator = written(getattr(node.target, "_op", node.target))
+            arguments = [written(a) for a in node.args] + [f"{k}={written(v)}" for k, v in node.kwargs.items()]
+            lines.append(f"{names[node]} = {operator}({', '.join(arguments)})")
+            done = [names[used] for used in node.all_input_nodes if last_use[used] is node]
+            if done:
+                lines.append(f"del {', '.join(done)}")
+        else:
+            raise NotTraceable(f"the recording has a {node.op} named {node.target}")
+    source = f"def step({', '.join(inputs)}):\n    " + "\n    ".join(lines)
+    scope = dict(constants)
+    exec(source, scope)
+    return scope["step"]  # type: ignore[no-any-return]
