@@ -172,7 +172,8 @@ class Sums:
             worst = int(np.abs(total.planes[0]).argmax())
             raise NumericError(
                 f"the sum of part {name!r} may reach {total.reach:g}, most of all in tensor "
-                f"{total.layout.locate(worst)!r}; sums are exact below 2^33. Lower trainer.lr, or weight clients uniformly"
+                f"{total.layout.locate(worst)!r}; sums are exact below 2^33. Lower trainer.lr, or weight clients "
+                "uniformly"
             )
         weight = total.weight if total.weight.ndim == 2 else float(total.weight.sum())
         out = np.empty(total.layout.size, np.float32)

@@ -44,9 +44,7 @@ class Record:
 
     def same(self, other: Record) -> bool:
         """Whether nothing changed: policies return the very object where they change nothing."""
-        if (self.known is None) != (other.known is None):
-            return False
-        if self.known is not None and other.known is not None and self.known.digest != other.known.digest:
+        if not same_mask(self.known, other.known):
             return False
         return all(mine is theirs for mine, theirs in zip(self.memories, other.memories, strict=True))
 
@@ -67,11 +65,16 @@ class ClientResult:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReply:
-    """One call's answer: the payload where it trained a single client, else the partial sum. Same bits either way."""
+    """One call's answer: the payload where it trained a single client, else the partial sum. Same bits either way.
+
+    own_mask: whether that client was sent another mask than the server's; then sent_mask is it.
+    """
 
     results: tuple[ClientResult, ...]
     payload: bytes | None
     sums: Sums | None
+    own_mask: bool
+    sent_mask: Mask | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +117,9 @@ class Worker:
         """Train these clients; returns the reply and the records that changed. A missing record is a first round."""
         server = replace(broadcast.server, mask=self.intern(broadcast.server.mask))
         broadcast = replace(broadcast, server=server)
-        results, changed, sums, payload = [], {}, Sums(), None
+        results, changed, sums = [], {}, Sums()
+        payload: bytes = b""
+        sent_mask: Mask | None = None
         for client in clients:
             payload, sent_mask, result, record = self._one(broadcast, client, records.get(client))
             results.append(result)
@@ -123,7 +128,14 @@ class Worker:
             if len(clients) > 1:
                 sums.add(self.receive(payload, sent_mask), who=who(client, broadcast.round))
         single = len(clients) == 1
-        reply = TrainReply(results=tuple(results), payload=payload if single else None, sums=None if single else sums)
+        own_mask = single and not same_mask(sent_mask, server.mask)
+        reply = TrainReply(
+            results=tuple(results),
+            payload=payload if single else None,
+            sums=None if single else sums,
+            own_mask=own_mask,
+            sent_mask=sent_mask if own_mask else None,
+        )
         return reply, changed
 
     def receive(self, payload: bytes, sent_mask: Mask | None) -> Message:
@@ -277,6 +289,13 @@ def peak_gpu_bytes(spec: RunSpec, population: Population) -> int:
     torch.cuda.reset_peak_memory_stats()
     worker.engine.fit(job, Message(), samples, spec.key)
     return int(torch.cuda.max_memory_allocated())
+
+
+def same_mask(a: Mask | None, b: Mask | None) -> bool:
+    """Whether two masks keep the same coordinates; no mask is the same as no mask alone."""
+    if a is None or b is None:
+        return a is b
+    return a is b or a.digest == b.digest
 
 
 def who(client: int, round: int) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from fedray import costs
 from fedray.errors import FedrayError, RunError
 from fedray.round import Context, Server
-from fedray.sim.client import Broadcast, ClientResult, EvalReply, Worker, who
+from fedray.sim.client import Broadcast, ClientResult, EvalReply, TrainReply, Worker, same_mask, who
 from fedray.sim.population import Population
 from fedray.sim.runtime import EvalWork, Runtime
 from fedray.sim.spec import RunSpec
@@ -40,14 +40,19 @@ class RoundRecord:
 
 @dataclass
 class _Open:
-    """A round whose evaluation is still out."""
+    """A round that is settled and not yet recorded. times: its `time/*` metrics. scores: as they come in, by tag."""
 
-    row: dict[str, Any]
+    round: int
     results: list[ClientResult]
     server: Server
+    old_mask: Mask | None
     before: Server | None
     wanted: bool
+    times: dict[str, float] = field(default_factory=dict)
     scores: dict[str, dict[int, Mapping[str, np.ndarray]]] = field(default_factory=dict)
+
+    def take(self, reply: EvalReply) -> None:
+        self.scores.setdefault(reply.tag, {})[reply.start] = reply.scores
 
 
 class Driver:
@@ -66,55 +71,74 @@ class Driver:
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def rounds(self) -> Iterator[RoundRecord]:
-        """Every round of the run, in order, each when it is finished."""
-        waiting: _Open | None = None
+        """Every round of the run, in order, each when it is finished.
+
+        What belongs to a finished round (its row, its digest, and what the caller does with its record) is done while
+        the next one's clients train: between two rounds there is only the sum, the settling and the broadcast.
+        """
+        waiting: _Open | None = None  # its evaluation is still out
+        finished: list[_Open] = []
         run_started, cpu_before = time.perf_counter(), time.process_time()
         for round in range(1, self.spec.rounds + 1):
             started = time.perf_counter()
             cohort = self.spec.sample_cohort(round)
             handle = self.runtime.put(Broadcast(round=round, server=self.server, memories=self.memories, cohort=cohort))
+            evaluations = [] if waiting is None else self._evaluations(waiting)
+            replies = self.runtime.start(handle, self._costs(cohort), evaluations)
+            for done in finished:
+                yield self._record(done)
+            finished = []
             try:
-                sums, results = self._gather(round, handle, cohort, waiting)
+                sums, results = self._gather(round, replies, waiting)
             except FedrayError:
                 # The round before is complete but for its evaluation: a failure now must not lose it.
                 if waiting is not None:
                     yield self._finish(waiting)
                 raise
             if waiting is not None:
-                yield self._close(waiting)
+                finished.append(waiting)
             waiting = self._settle(round, cohort, sums, results)
             now, cpu_now = time.perf_counter(), time.process_time()
-            waiting.row["time/round_s"] = now - started
-            waiting.row["time/total_s"] = now - run_started
-            # Of the driver's process alone, from the end of one round to the end of the next, records included.
-            waiting.row["time/driver_cpu_s"] = cpu_now - cpu_before
+            waiting.times = {
+                "time/round_s": now - started,
+                "time/total_s": now - run_started,
+                # Of the driver's process alone, from the end of one round to the end of the next.
+                "time/driver_cpu_s": cpu_now - cpu_before,
+            }
             cpu_before = cpu_now
+            if not waiting.wanted:
+                finished.append(waiting)
+                waiting = None
+        for done in finished:
+            yield self._record(done)
         if waiting is not None:
             yield self._finish(waiting)
 
     def _finish(self, waiting: _Open) -> RoundRecord:
-        """Close a round beside which nothing is trained."""
-        for reply in self.runtime.run(None, (), self._evaluations(waiting)):
+        """Evaluate and record a round beside which nothing is trained."""
+        for reply in self.runtime.start(None, (), self._evaluations(waiting)):
             assert isinstance(reply, EvalReply)
-            waiting.scores.setdefault(reply.tag, {})[reply.start] = reply.scores
-        return self._close(waiting)
+            waiting.take(reply)
+        return self._record(waiting)
+
+    def _costs(self, cohort: tuple[int, ...]) -> list[tuple[int, float]]:
+        """Each client with the steps that it will take, by which calls are balanced."""
+        sizes = np.diff(self.population.starts)
+        return [(client, float(self.spec.trainer.num_steps(int(sizes[client])))) for client in cohort]
 
     def _gather(
-        self, round: int, handle: Any, cohort: tuple[int, ...], waiting: _Open | None
+        self, round: int, replies: Iterator[TrainReply | EvalReply], waiting: _Open | None
     ) -> tuple[Sums, list[ClientResult]]:
-        sizes = np.diff(self.population.starts)
-        clients = [(client, float(self.spec.trainer.num_steps(int(sizes[client])))) for client in cohort]
-        evaluations = [] if waiting is None else self._evaluations(waiting)
         sums = Sums()
         results: list[ClientResult] = []
-        for reply in self.runtime.run(handle, clients, evaluations):
+        for reply in replies:
             if isinstance(reply, EvalReply):
                 assert waiting is not None
-                waiting.scores.setdefault(reply.tag, {})[reply.start] = reply.scores
+                waiting.take(reply)
                 continue
             if reply.payload is not None:
                 # The server knows the mask that it sent: the upload of an unchanged one names it in a byte.
-                sent = self.worker.intern(self.server.mask)
+                sent = self.worker.intern(reply.sent_mask if reply.own_mask else self.server.mask)
                 sums.add(self.worker.receive(reply.payload, sent), who=who(reply.results[0].client, round))
             if reply.sums is not None:
                 sums.merge(reply.sums)
@@ -133,14 +157,13 @@ class Driver:
                 raise
             except Exception as error:
                 raise RunError(f"round {round}, {name}.settle: {type(error).__name__}: {error}") from error
-            if before is None and not _same_mask(server.mask, settled.mask):
+            if before is None and not same_mask(server.mask, settled.mask):
                 before = server  # what a pruning event found
             server = settled
         self.server = replace(server, mask=self.worker.intern(server.mask))
         self.memories = tuple(memories)
         wanted = self._evaluates(round)
-        row = self._row(round, results, old_mask)
-        return _Open(row, results, self.server, before if wanted else None, wanted)
+        return _Open(round, results, self.server, old_mask, before if wanted else None, wanted)
 
     def _init(self) -> tuple[Server, tuple[Any, ...]]:
         server = Server(params=self.worker.origin, buffers=self.worker.origin_buffers)
@@ -191,8 +214,8 @@ class Driver:
         picked = self.spec.key.fold("eval_clients").numpy().choice(self.spec.num_clients, chosen, replace=False)
         return sorted(int(client) for client in picked)
 
-    def _close(self, waiting: _Open) -> RoundRecord:
-        row = waiting.row
+    def _record(self, waiting: _Open) -> RoundRecord:
+        row = self._row(waiting)
         clients = {
             result.client: {
                 "round": row["round"],
@@ -228,11 +251,12 @@ class Driver:
 
     # -- metrics -------------------------------------------------------------------------------------------------
 
-    def _row(self, round: int, results: list[ClientResult], old_mask: Mask | None) -> dict[str, Any]:
-        mask, prunable = self.server.mask, self.worker.prunable
+    def _row(self, done: _Open) -> dict[str, Any]:
+        """The metrics that need no evaluation. Called once a round, in order: the totals go on."""
+        results, old_mask, mask, prunable = done.results, done.old_mask, done.server.mask, self.worker.prunable
         trained = [result for result in results if result.num_steps]
         weights = sum(result.num_examples for result in trained)
-        row: dict[str, Any] = {"round": round}
+        row: dict[str, Any] = {"round": done.round}
         row["train/loss"] = sum(r.loss * r.num_examples for r in trained) / weights if weights else float("nan")
         row["model/sparsity"] = 0.0 if mask is None else mask.sparsity(prunable)
         row["model/sparsity_all"] = 0.0 if mask is None else mask.sparsity()
@@ -246,7 +270,8 @@ class Driver:
         row["model/train_flops"] = self.train_flops
         row |= self.ledger.enter(transfer for result in results for transfer in result.transfers)
         row["time/train_s"] = sum(result.seconds for result in results)
-        row["digest"] = digest(self.server)
+        row |= done.times
+        row["digest"] = digest(done.server)
         return row
 
     def _dense_flops(self) -> dict[str, int]:
@@ -263,12 +288,6 @@ def digest(server: Server) -> str:
     state.update(server.buffers.flat.numpy().data)
     state.update(b"" if server.mask is None else server.mask.digest)
     return state.hexdigest()
-
-
-def _same_mask(a: Mask | None, b: Mask | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a is b or a.digest == b.digest
 
 
 def _churn(old: Mask | None, new: Mask, prunable: tuple[str, ...]) -> float:

@@ -17,7 +17,7 @@ import time
 import traceback
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -217,6 +217,16 @@ class _Call:
     tries: int = 0
 
 
+@dataclass
+class _Work:
+    """The calls of a round. flying: by reference, with the actor and the reference of the records."""
+
+    broadcast: Any
+    waiting: list[_Call]
+    flying: dict[Any, tuple[_Call, int, Any]] = field(default_factory=dict)
+    busy: set[int] = field(default_factory=set)
+
+
 class RayRuntime:
     """Client actors in a placement group; lives in the driver process, which owns them."""
 
@@ -281,41 +291,48 @@ class RayRuntime:
     def put(self, value: Broadcast | Server) -> Any:
         return ray.put(value)
 
-    def run(
+    def start(
         self, broadcast: Any, clients: Sequence[tuple[int, float]], evaluations: Sequence[EvalWork]
     ) -> Iterator[TrainReply | EvalReply]:
         """At most one call in flight per slot and per actor; training first, the longest first."""
         waiting = sorted(self._train_calls(clients), key=lambda call: -call.cost)
         waiting += [_Call(cost=0.0, actor=None, evaluation=work) for work in evaluations]
-        flying: dict[Any, tuple[_Call, int, Any]] = {}
-        busy: set[int] = set()
-        while waiting or flying:
-            while len(flying) < self.plan.slots:
-                call = next((c for c in waiting if c.actor is None or c.actor not in busy), None)
-                if call is None:
-                    break
-                actor = call.actor if call.actor is not None else self._idle(busy)
-                if actor is None:
-                    break
-                waiting.remove(call)
-                busy.add(actor)
-                ref, records = self._submit(call, actor, broadcast)
-                flying[ref] = (call, actor, records)
-            for ref in self._wait(list(flying)):
-                call, actor, records = flying.pop(ref)
+        work = _Work(broadcast=broadcast, waiting=waiting)
+        self._fill(work)
+        return self._answers(work)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _answers(self, work: _Work) -> Iterator[TrainReply | EvalReply]:
+        while work.flying:
+            for ref in self._wait(list(work.flying)):
+                call, actor, records = work.flying.pop(ref)
                 try:
                     reply = self._receive(ref, actor, records)
                 except LOST as error:
                     # Nothing is sent to a process that is not back: a call that fails there is a death of its own.
-                    waiting[:0] = self._again(call, actor, error)
+                    work.waiting[:0] = self._again(call, actor, error)
                     restart = _Call(cost=0.0, actor=actor, restart=True, tries=call.tries + 1 if call.restart else 0)
-                    flying[self.actors[actor].ready.remote()] = (restart, actor, None)
+                    work.flying[self.actors[actor].ready.remote()] = (restart, actor, None)
                     continue
-                busy.discard(actor)
+                work.busy.discard(actor)
+                self._fill(work)  # before the answer is looked at: the slot shall not wait for the driver
                 if not call.restart:
                     yield reply
 
-    # -- inside --------------------------------------------------------------------------------------------------
+    def _fill(self, work: _Work) -> None:
+        """Send what the free slots can take."""
+        while len(work.flying) < self.plan.slots:
+            call = next((c for c in work.waiting if c.actor is None or c.actor not in work.busy), None)
+            if call is None:
+                return
+            actor = call.actor if call.actor is not None else self._idle(work.busy)
+            if actor is None:
+                return
+            work.waiting.remove(call)
+            work.busy.add(actor)
+            ref, records = self._submit(call, actor, work.broadcast)
+            work.flying[ref] = (call, actor, records)
 
     def _train_calls(self, clients: Sequence[tuple[int, float]]) -> list[_Call]:
         """One call an actor. Where every slot has one actor, clients move so that the slots end together."""

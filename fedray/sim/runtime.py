@@ -45,11 +45,12 @@ class Runtime(Protocol):
         """A handle to a value that many calls will read."""
         ...
 
-    def run(
+    def start(
         self, broadcast: Any, clients: Sequence[tuple[int, float]], evaluations: Sequence[EvalWork]
     ) -> Iterator[TrainReply | EvalReply]:
         """Train clients, given as (client, cost), and evaluate; training goes first. Answers in any order.
 
+        Where there are other processes they are at work when this returns, before the first answer is asked for.
         broadcast: the handle of this round's Broadcast; None if no client trains.
         """
         ...
@@ -71,7 +72,7 @@ class InlineRuntime:
     def put(self, value: Broadcast | Server) -> Any:
         return value
 
-    def run(
+    def start(
         self, broadcast: Any, clients: Sequence[tuple[int, float]], evaluations: Sequence[EvalWork]
     ) -> Iterator[TrainReply | EvalReply]:
         if clients:

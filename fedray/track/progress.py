@@ -289,7 +289,8 @@ def _megabytes_text(count_bytes: float | None) -> str:
 
 def _against_dense(sent_bytes: float, dense_bytes: float) -> str:
     text = f"{_megabytes_sum(sent_bytes)} of {_megabytes_sum(dense_bytes)} dense"
-    if sent_bytes <= 0 or dense_bytes <= 0 or sent_bytes == dense_bytes:
+    # A frame's few bytes are no news: "1.00 times more" would say nothing.
+    if sent_bytes <= 0 or dense_bytes <= 0 or round(sent_bytes / dense_bytes, 2) == 1.0:
         return text
     if sent_bytes < dense_bytes:
         return f"{text}, {dense_bytes / sent_bytes:.2f} times less"

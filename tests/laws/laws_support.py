@@ -228,7 +228,7 @@ class Packed:
     def put(self, value):
         return value
 
-    def run(self, broadcast, clients, evaluations):
+    def start(self, broadcast, clients, evaluations):
         members = [client for client, _ in clients]
         if self.shuffle is not None:
             members = [members[i] for i in self.shuffle.fold("members", self.calls).permutation(len(members)).tolist()]

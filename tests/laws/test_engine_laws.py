@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from laws_support import CLASSES, MODELS, distance, population, run, spec, task
+from laws_support import CLASSES, MODELS, distance, label, population, run, spec, task
 from torch import nn
 
 from fedray.keys import Key
 from fedray.models import Task
+from fedray.pruners import NoPruning
 from fedray.round import Job, Message, Optim
 from fedray.sim.client import Worker
 from fedray.sim.spec import TrainerSpec
@@ -445,12 +446,13 @@ def test_statistics_do_not_leak_between_clients_of_one_process(model):
     assert equal(one.buffers, two.buffers)
 
 
-def test_statistics_are_averaged_by_the_server_with_the_clients_weights():
-    ran = run(spec(model="batchnorm_cnn", rounds=2), population("batchnorm_cnn"))
-    for before, after, uploads in zip(ran.servers, ran.servers[1:], ran.uploads, strict=False):
-        parts = [message.parts["buffers"] for message, _ in uploads]
-        weights = torch.tensor([part.weight for part in parts], dtype=torch.float64)
-        values = torch.stack([part.value.flat.double() for part in parts])
+@pytest.mark.parametrize("strategy", [FedAvg(), FedAvg(weight_by="uniform"), FedSGD()], ids=label)
+def test_statistics_are_averaged_by_the_server_with_the_clients_weights(strategy):
+    ran = run(spec(NoPruning(), strategy, model="batchnorm_cnn", rounds=2), population("batchnorm_cnn"))
+    for (before, after), uploads, record in zip(itertools.pairwise(ran.servers), ran.uploads, ran.records, strict=True):
+        sizes = [client["num_examples"] for client in record.clients]
+        weights = torch.tensor([1.0] * 4 if "uniform" in label(strategy) else sizes, dtype=torch.float64)
+        values = torch.stack([message["buffers"].flat.double() for message, _ in uploads])
         expected = (weights[:, None] * values).sum(0) / weights.sum()
         torch.testing.assert_close(after.buffers.flat, expected.float(), rtol=1e-6, atol=1e-7)
         assert distance(after.buffers, before.buffers) > 0.01
