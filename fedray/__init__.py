@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedray.cli import run
+    from fedray.cli import resume, run
     from fedray.launch import Run
 
 __version__ = "0.1.0"
-__all__ = ["Run", "__version__", "run"]
+__all__ = ["Run", "__version__", "resume", "run"]
 
 
 def __getattr__(name: str) -> Any:
     # Actors import this package before torch: nothing heavy is loaded here.
-    if name == "run":
-        from fedray.cli import run
+    if name in ("run", "resume"):
+        import fedray.cli
 
-        return run
+        return getattr(fedray.cli, name)
     if name == "Run":
         from fedray.launch import Run
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from fedray.launch import Run
 
+NOUNS = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}
 EXIT_CONFIG = 2
 EXIT_RUN = 1
 EXIT_INTERRUPTED = 130
@@ -217,8 +218,11 @@ def _composition_error(error: BaseException, overrides: Sequence[str]) -> Config
     )
     if typed:
         override, value, kind = typed.groups()
-        nouns = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}
-        return ConfigError(f"{override.split('=')[0].lstrip('+')} is {value!r}; it must be {nouns.get(kind, kind)}")
+        return ConfigError(f"{override.split('=')[0].lstrip('+')} is {value!r}; it must be {NOUNS.get(kind, kind)}")
+    untyped = re.search(r"Value '([^']*)' of type '\w+' could not be converted to (\w+)\n\s*full_key: (\S+)", text)
+    if untyped:
+        value, kind, key = untyped.groups()
+        return ConfigError(f"{key} is {value!r}; it must be {NOUNS.get(kind, kind)}")
     if unknown:
         return ConfigError(_unknown_key(unknown.group(1), text, overrides))
     no_group = re.search(r"Could not override '([^']+)'\. No match in the defaults list", text)
@@ -298,4 +302,36 @@ def _export(arguments: list[str]) -> None:
     print(f"{path}: {note}")
 
 
-COMMANDS = {"export": _export}
+def resume(folder: str | Path, overrides: Sequence[str] = (), *, config_dir: str | Path | None = None) -> Run:
+    """Go on with a run that was cut off, or lengthen a finished one: `fedray.resume(FOLDER, ["rounds=40"])`.
+
+    It goes on from its last checkpoint (from the start if there is none) and gives the bits of an uninterrupted run.
+    config_dir: where the user's own code is, if it moved. Raises ConfigError and RunError.
+    """
+    from omegaconf.errors import OmegaConfBaseException
+
+    from fedray.config import assemble, recorded
+    from fedray.launch import resume as go_on
+    from fedray.track.store import read_manifest
+
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    code_folder = manifest.get("code_folder") if config_dir is None else str(config_dir)
+    _make_importable(code_folder)
+    try:
+        cfg = recorded(folder, overrides)
+    except OmegaConfBaseException as error:
+        raise _composition_error(error, overrides) from error
+    return go_on(folder, assemble(cfg, code_folder=code_folder))
+
+
+def _resume(arguments: list[str]) -> None:
+    parser = _Parser(prog="fedray resume", description="Go on with a run from its last checkpoint, or lengthen it.")
+    parser.add_argument("run", type=Path, help="the folder of a run")
+    parser.add_argument("overrides", nargs="*", help="rounds=40, runtime.slots=2 ...: what does not change the run")
+    parser.add_argument("--config-dir", help="where your own code is, if it moved")
+    options = parser.parse_args(arguments)
+    resume(options.run, options.overrides, config_dir=options.config_dir)
+
+
+COMMANDS = {"export": _export, "resume": _resume}

@@ -52,6 +52,11 @@ class EvalConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    every: int = MISSING
+
+
+@dataclass
 class ScopeConfig:
     first_layer: bool = MISSING
     last_layer: bool = MISSING
@@ -117,6 +122,7 @@ class Config:
     num_clients: int = MISSING
     cohort: int = MISSING
     eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     scope: ScopeConfig = field(default_factory=ScopeConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -193,6 +199,7 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None) -> Assembly:
         up=up,
         trainer=spec_trainer,
         evaluation=EvalSpec(**config["eval"]),
+        checkpoint_every=config["checkpoint"]["every"],
         config=config,
     )
     for name, policy in policies:
@@ -222,6 +229,7 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None) -> Assembly:
             "num_classes": dataset.num_classes,
         },
         "partition": partition_hash,
+        "code_folder": code_folder,
         "config": config,
     }
     wandb = config["tracker"]["wandb"]
@@ -235,6 +243,19 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None) -> Assembly:
         code_folder=code_folder,
         facts=facts,
     )
+
+
+def recorded(folder: Path, overrides: Sequence[str]) -> DictConfig:
+    """The configuration of a recorded run with some values replaced. Raises OmegaConf's errors, ConfigError."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{folder} has no config.yaml; name the folder of a run")
+    for override in overrides:
+        if "=" not in override or override.startswith(("+", "~", "-")):
+            raise ConfigError(f"{override!r} is not key=value; resume takes plain values, as in rounds=40")
+    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def _unbuilt() -> Any:
@@ -344,7 +365,9 @@ def _population(dataset: Dataset, partitioner: Any, spec: RunSpec) -> tuple[Popu
 
 def _run_id(config: dict[str, Any], dataset: Dataset) -> str:
     """A hash of what decides the result: not where it runs, how it is tracked, where the data lie or how long it is."""
-    kept = {k: v for k, v in config.items() if k not in ("runtime", "tracker", "rounds", "name")}
+    kept = {k: v for k, v in config.items() if k not in ("runtime", "tracker", "rounds", "name", "checkpoint")}
+    if config["trainer"]["lr_schedule"] == "cosine":
+        kept["rounds"] = config["rounds"]  # the rate of every round depends on the last
     kept["data"] = {**{k: v for k, v in config["data"].items() if k != "path"}, "digest": dataset.digest}
     text = json.dumps(kept, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
@@ -371,6 +394,7 @@ def _check_skeleton(config: dict[str, Any]) -> None:
         ("num_clients", config["num_clients"], 1),
         ("cohort", config["cohort"], 1),
         ("eval.every", evaluation["every"], 0),
+        ("checkpoint.every", config["checkpoint"]["every"], 0),
         ("eval.batch_size", evaluation["batch_size"], 1),
         ("trainer.batch_size", trainer["batch_size"], 1),
         ("trainer.lr_every", trainer["lr_every"], 1),

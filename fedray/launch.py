@@ -54,8 +54,11 @@ class Run:
         return read_final(self.folder)[0]
 
 
-def execute(assembly: Assembly, folder: Path) -> Run:
-    """Run to the end in `folder`. Raises ConfigError before anything starts, RunError after."""
+def execute(assembly: Assembly, folder: Path, *, resume_round: int | None = None) -> Run:
+    """Run to the end in `folder`. Raises ConfigError before anything starts, RunError after.
+
+    resume_round: go on from the checkpoint of that round, or from the start for 0; None begins a new run.
+    """
     spec = assembly.spec
     folder = folder.resolve()
     recording = Recording(
@@ -65,6 +68,7 @@ def execute(assembly: Assembly, folder: Path) -> Run:
         config=spec.config,
         manifest={**assembly.facts, "environment": environment()},
         wandb=assembly.wandb,
+        resume_round=resume_round,
     )
     title = f"{spec.name}  {spec.run_id}  seed {spec.seed}"
     with Progress(assembly.progress, spec.rounds, title) as progress:
@@ -91,6 +95,26 @@ def execute(assembly: Assembly, folder: Path) -> Run:
     dense = 4 * num_params(assembly) * spec.cohort * spec.rounds
     progress.summary([*summary_lines(rows, dense_bytes_up=dense, dense_bytes_down=dense), ("folder", str(folder))])
     return Run(folder)
+
+
+def resume(folder: Path, assembly: Assembly) -> Run:
+    """Go on with the run in `folder` from its last checkpoint, or from the start if it has none.
+
+    Raises ConfigError where `assembly` is another run's, or where there is nothing left to do.
+    """
+    from fedray.sim.checkpoint import checkpoints
+
+    manifest, rows = read_manifest(folder), read_rows(folder)
+    if manifest["run_id"] != assembly.spec.run_id:
+        raise ConfigError(
+            f"{folder} holds run {manifest['run_id']}, and this configuration is run {assembly.spec.run_id}; only rounds, "
+            "checkpoint, runtime and tracker may change"
+        )
+    if manifest["status"] == "finished" and rows and rows[-1]["round"] >= assembly.spec.rounds:
+        raise ConfigError(f"{folder} has finished its {assembly.spec.rounds} rounds; to lengthen it write rounds=...")
+    written = {row["round"] for row in rows}
+    saved = [int(path.name.removeprefix("round-")) for path in checkpoints(folder / "checkpoints")]
+    return execute(assembly, folder, resume_round=max((r for r in saved if r in written), default=0))
 
 
 def _inline(assembly: Assembly, recording: Recording) -> Iterator[dict[str, Any]]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from fedray.errors import FedrayError, RunError
+from fedray.sim.checkpoint import load, save
 from fedray.sim.client import Worker
 from fedray.sim.driver import Driver
 from fedray.sim.final import write_final
@@ -40,6 +42,9 @@ class Recording(Protocol):
     @property
     def folder(self) -> str: ...
 
+    @property
+    def resume_round(self) -> int | None: ...
+
     def open(self) -> Recorder: ...
 
 
@@ -52,12 +57,17 @@ def drive(spec: RunSpec, population: Population, runtime: Runtime, recording: Re
     try:
         # The driver trains nobody: its worker gives layouts and decodes, so a plain engine on the CPU will do.
         plain = replace(spec, device="cpu", trainer=replace(spec.trainer, engine="eager"))
-        driver = Driver(spec, population, runtime, Worker(plain, population))
+        state, saved = None, Path(recording.folder) / "checkpoints"
+        if recording.resume_round:
+            state = load(saved / f"round-{recording.resume_round:06d}")
+        driver = Driver(spec, population, runtime, Worker(plain, population), state)
         engine, reason = runtime.wait_ready()
         recorder.update(engine=engine, engine_reason=reason)
         yield {"note": f"training engine: {engine} ({reason})"}
         for record in driver.rounds():
             recorder.write(record.row, record.clients, record.transfers, record.accuracies)
+            if record.state is not None:
+                save(saved, record.state())
             for loss in runtime.take_losses():
                 recorder.log(loss)
                 yield {"note": loss}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from fedray import costs
 from fedray.errors import FedrayError, RunError
 from fedray.round import Context, Server
+from fedray.sim.checkpoint import State
 from fedray.sim.client import Broadcast, ClientResult, EvalReply, TrainReply, Worker, same_mask, who
 from fedray.sim.population import Population
 from fedray.sim.runtime import EvalWork, Runtime
@@ -30,17 +31,25 @@ CHUNK_BATCHES = 4  # evaluation batches per call: small enough to fill gaps at t
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRecord:
-    """A finished round: its row, one dict a client, one dict a transferred part."""
+    """A finished round: its row, one dict a client, one dict a transferred part.
+
+    state: what to write as a checkpoint once the row is recorded; None in most rounds.
+    """
 
     row: dict[str, Any]
     clients: list[dict[str, Any]]
     transfers: list[dict[str, Any]]
     accuracies: list[float] | None
+    state: Callable[[], State] | None
 
 
 @dataclass
 class _Open:
-    """A round that is settled and not yet recorded. times: its `time/*` metrics. scores: as they come in, by tag."""
+    """A round that is settled and not yet recorded.
+
+    memories, snapshot: of server and clients at its end, if it ends with a checkpoint. times: its `time/*` metrics.
+    scores: as they come in, by tag.
+    """
 
     round: int
     results: list[ClientResult]
@@ -48,6 +57,8 @@ class _Open:
     old_mask: Mask | None
     before: Server | None
     wanted: bool
+    memories: tuple[Any, ...]
+    snapshot: Any
     times: dict[str, float] = field(default_factory=dict)
     scores: dict[str, dict[int, Mapping[str, np.ndarray]]] = field(default_factory=dict)
 
@@ -58,7 +69,10 @@ class _Open:
 class Driver:
     """Runs one run. `worker` is a host of no clients that gives the model's layout and decodes uploads."""
 
-    def __init__(self, spec: RunSpec, population: Population, runtime: Runtime, worker: Worker) -> None:
+    def __init__(
+        self, spec: RunSpec, population: Population, runtime: Runtime, worker: Worker, state: State | None = None
+    ) -> None:
+        """state: where to go on; None to begin."""
         self.spec = spec
         self.population = population
         self.runtime = runtime
@@ -66,7 +80,18 @@ class Driver:
         self.ledger = Ledger()
         self.flops = self._dense_flops()
         self.train_flops = 0.0
-        self.server, self.memories = self._init()
+        self.first_round = 1
+        self.elapsed_s = 0.0
+        if state is None:
+            self.server, self.memories = self._init()
+            return
+        self.server = replace(state.server, mask=worker.intern(state.server.mask))
+        self.memories = state.memories
+        self.ledger.total = dict(state.totals)
+        self.train_flops = state.train_flops
+        self.first_round = state.round + 1
+        self.elapsed_s = state.elapsed_s
+        runtime.restore(state.records, state.round)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -79,7 +104,7 @@ class Driver:
         waiting: _Open | None = None  # its evaluation is still out
         finished: list[_Open] = []
         run_started, cpu_before = time.perf_counter(), time.process_time()
-        for round in range(1, self.spec.rounds + 1):
+        for round in range(self.first_round, self.spec.rounds + 1):
             started = time.perf_counter()
             cohort = self.spec.sample_cohort(round)
             handle = self.runtime.put(Broadcast(round=round, server=self.server, memories=self.memories, cohort=cohort))
@@ -101,7 +126,7 @@ class Driver:
             now, cpu_now = time.perf_counter(), time.process_time()
             waiting.times = {
                 "time/round_s": now - started,
-                "time/total_s": now - run_started,
+                "time/total_s": self.elapsed_s + now - run_started,
                 # Of the driver's process alone, from the end of one round to the end of the next.
                 "time/driver_cpu_s": cpu_now - cpu_before,
             }
@@ -163,7 +188,18 @@ class Driver:
         self.server = replace(server, mask=self.worker.intern(server.mask))
         self.memories = tuple(memories)
         wanted = self._evaluates(round)
-        return _Open(round, results, self.server, old_mask, before if wanted else None, wanted)
+        every = spec.checkpoint_every
+        saved = every > 0 and round % every == 0
+        return _Open(
+            round,
+            results,
+            self.server,
+            old_mask,
+            before if wanted else None,
+            wanted,
+            memories=self.memories if saved else (),
+            snapshot=self.runtime.snapshot() if saved else None,
+        )
 
     def _init(self) -> tuple[Server, tuple[Any, ...]]:
         server = Server(params=self.worker.origin, buffers=self.worker.origin_buffers)
@@ -247,7 +283,31 @@ class Driver:
                 row[f"client/{main}_p10"] = float(np.percentile(accuracies, 10))
                 row[f"client/{main}_p90"] = float(np.percentile(accuracies, 90))
         transfers = [entry for result in waiting.results for transfer in result.transfers for entry in transfer.rows()]
-        return RoundRecord(row=row, clients=list(clients.values()), transfers=transfers, accuracies=accuracies)
+        return RoundRecord(
+            row=row,
+            clients=list(clients.values()),
+            transfers=transfers,
+            accuracies=accuracies,
+            state=None if waiting.snapshot is None else self._saver(waiting),
+        )
+
+    def _saver(self, done: _Open) -> Callable[[], State]:
+        """The state at the end of a round; records are loaded only when it is asked for."""
+        totals, train_flops = dict(self.ledger.total), self.train_flops
+
+        def state() -> State:
+            return State(
+                run_id=self.spec.run_id,
+                round=done.round,
+                server=done.server,
+                memories=done.memories,
+                records=self.runtime.load(done.snapshot),
+                totals=totals,
+                train_flops=train_flops,
+                elapsed_s=done.times["time/total_s"],
+            )
+
+        return state
 
     # -- metrics -------------------------------------------------------------------------------------------------
 

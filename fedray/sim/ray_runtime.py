@@ -39,7 +39,7 @@ from fedray.sim.plan import Cluster, Plan
 
 if TYPE_CHECKING:
     from fedray.round import Server
-    from fedray.sim.client import Broadcast, EvalReply, TrainReply
+    from fedray.sim.client import Broadcast, EvalReply, Record, TrainReply
     from fedray.sim.runtime import EvalWork
 
 LOST = (RayActorError, WorkerCrashedError, OwnerDiedError, ObjectLostError, OutOfMemoryError)
@@ -163,11 +163,11 @@ class ClientActor:
         return os.getpid(), self.worker.engine.kind, self.worker.engine.reason
 
     def train(
-        self, broadcast: Broadcast, clients: Sequence[int], versions: Sequence[int], *held: Mapping[int, Any]
-    ) -> tuple[Any, Mapping[int, Any]]:
+        self, broadcast: Broadcast, clients: Sequence[int], versions: Sequence[int], *held: tuple[int, Mapping[int, Any]]
+    ) -> tuple[Any, tuple[int, Mapping[int, Any]]]:
         """Train clients. versions: the round of each one's committed record, 0 for none.
 
-        held: records of clients whose committed version this process does not have.
+        held: (version, records by client), for clients whose committed version this process does not have.
         """
         try:
             mine: dict[int, Any] = {}
@@ -175,15 +175,16 @@ class ClientActor:
                 if version == 0:
                     continue
                 if self.records.get(client, (0, None))[0] != version:
-                    found = [records[client] for records in held if client in records]
-                    self.records[client] = (version, found[0])
+                    # An older bundle may hold the same client's earlier record: the version decides.
+                    (record,) = [records[client] for at, records in held if at == version and client in records]
+                    self.records[client] = (version, record)
                 mine[client] = self.records[client][1]
             reply, changed = self.worker.train(broadcast, clients, mine)
             for client, record in changed.items():
                 self.records[client] = (broadcast.round, record)
-            return reply, changed
+            return reply, (broadcast.round, changed)
         except FedrayError as error:
-            return Failure.of(error), {}
+            return Failure.of(error), (broadcast.round, {})
 
     def evaluate(self, server: Server, start: int, stop: int, batch_size: int, tag: str) -> Any:
         """Score test rows start to stop."""
@@ -300,6 +301,19 @@ class RayRuntime:
         work = _Work(broadcast=broadcast, waiting=waiting)
         self._fill(work)
         return self._answers(work)
+
+    def snapshot(self) -> Any:
+        """The committed records as they are now; references, so that nothing is loaded or copied."""
+        return dict(self.committed)
+
+    def load(self, snapshot: Any) -> dict[int, Record]:
+        bundles = {ref: ray.get(ref)[1] for ref in dict.fromkeys(ref for _, ref in snapshot.values())}
+        return {client: bundles[ref][client] for client, (_, ref) in snapshot.items()}
+
+    def restore(self, records: Mapping[int, Record], round: int) -> None:
+        ref = ray.put((round, dict(records)))
+        self.committed = {client: (round, ref) for client in records}
+        self.held_by = {}
 
     # -- inside --------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ A runtime answers calls in any order: nothing that the driver does with the answ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,6 +45,18 @@ class Runtime(Protocol):
         """A handle to a value that many calls will read."""
         ...
 
+    def snapshot(self) -> Any:
+        """The clients' records as they are now, in a form that later rounds do not change."""
+        ...
+
+    def load(self, snapshot: Any) -> dict[int, Record]:
+        """The records of a snapshot."""
+        ...
+
+    def restore(self, records: Mapping[int, Record], round: int) -> None:
+        """Begin with these records, which are those of the end of `round`."""
+        ...
+
     def start(
         self, broadcast: Any, clients: Sequence[tuple[int, float]], evaluations: Sequence[EvalWork]
     ) -> Iterator[TrainReply | EvalReply]:
@@ -71,6 +83,15 @@ class InlineRuntime:
 
     def put(self, value: Broadcast | Server) -> Any:
         return value
+
+    def snapshot(self) -> Any:
+        return dict(self.records)
+
+    def load(self, snapshot: Any) -> dict[int, Record]:
+        return dict(snapshot)
+
+    def restore(self, records: Mapping[int, Record], round: int) -> None:
+        self.records = dict(records)
 
     def start(
         self, broadcast: Any, clients: Sequence[tuple[int, float]], evaluations: Sequence[EvalWork]

@@ -47,6 +47,7 @@ class EvalSpec:
 class RunSpec:
     """One run.
 
+    checkpoint_every: rounds between checkpoints; 0 for none.
     policies: (name, policy), inner to outer. down, up: how values are written in each direction.
     config: the whole resolved configuration, nested, for records; nothing is read from it.
     """
@@ -63,6 +64,7 @@ class RunSpec:
     up: Stage
     trainer: TrainerSpec
     evaluation: EvalSpec
+    checkpoint_every: int = 0
     device: str = "cpu"
     config: Mapping[str, Any] = field(default_factory=dict)
 

@@ -16,7 +16,10 @@ from fedray.track.wandb import WandbConfig, WandbTracker
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """What is needed to open a recorder, as plain values. folder: the run directory."""
+    """What is needed to open a recorder, as plain values.
+
+    folder: the run directory. resume_round: go on after this round, 0 from the start; None for a new run.
+    """
 
     folder: str
     run_id: str
@@ -24,6 +27,7 @@ class Recording:
     config: Mapping[str, Any]
     manifest: Mapping[str, Any]
     wandb: WandbConfig
+    resume_round: int | None = None
 
     @property
     def log_path(self) -> str:
@@ -41,8 +45,13 @@ class Recorder:
         self._log = Path(recording.log_path)
         self._facts: dict[str, Any] = {}
         self._last: Mapping[str, Any] | None = None
-        self._store = Store.create(folder, config_yaml=recording.config_yaml, manifest=recording.manifest)
-        self.log(f"run {recording.run_id} starts; driver process {os.getpid()} on {platform.node()}")
+        what = {"config_yaml": recording.config_yaml, "manifest": recording.manifest}
+        if recording.resume_round is None:
+            self._store = Store.create(folder, **what)
+        else:
+            self._store = Store.resume(folder, last_round=recording.resume_round, **what)
+        begins = "starts" if recording.resume_round is None else f"goes on after round {recording.resume_round}"
+        self.log(f"run {recording.run_id} {begins}; driver process {os.getpid()} on {platform.node()}")
         self._wandb = WandbTracker(
             recording.wandb, run_dir=folder, run_id=recording.run_id, run_config=recording.config
         )

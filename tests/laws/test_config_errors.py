@@ -52,6 +52,9 @@ def fedray(monkeypatch, tmp_path, capfd, caplog):
     return call
 
 
+# Any other model in place of the MLP; TINY's setting of its widths is left out.
+LINEAR = ("model=lenet", "~model.hidden", "model._target_=torch.nn.Linear", "+model.out_features=10")
+
 MISTAKES = {
     # what is written: what the sentence must say
     ("pruner=random", "pruner.sparsty=0.9"): ["pruner.sparsty", "did you mean pruner.sparsity?"],
@@ -116,9 +119,13 @@ MISTAKES = {
     ("pruner._target_=fedray.pruners.Nothing",): ["pruner._target_ is 'fedray.pruners.Nothing'", "cannot be imported"],
     ("pruner._target_=nowhere.Nothing",): ["pruner._target_ is 'nowhere.Nothing'", "No module named 'nowhere'"],
     ("pruner._target_=fedray.models.MLP",): ["pruner"],
-    ("data._target_=builtins.dict",): ["data"],
+    ("pruner._target_=builtins.dict",): ["pruner._target_ is 'builtins.dict'", "fedray.round.Policy"],
+    ("data._target_=builtins.dict",): ["data._target_ is 'builtins.dict'", "fedray.data.Dataset"],
     ("model._target_=nowhere.Net",): ["model._target_ is 'nowhere.Net'", "cannot be imported"],
     ("model=lenet", "~model.hidden"): ["model=lenet", "16x16"],
+    (*LINEAR, "+model.in_features=3"): ["model._target_ is 'torch.nn.Linear'", "samples of shape (1, 8, 8)"],
+    (*LINEAR, "+model.in_features=8"): ["model._target_ is 'torch.nn.Linear'", "(2, 1, 8, 10)", "(2, 10) logits"],
+    ("+model.num_classes=3",): ["model._target_", "(2, 3)", "(2, 10) logits"],
     ("model.width=3",): ["model.width is not a setting"],
     ("model.hidden=[0]",): ["model.hidden is [0]"],
     ("model.hidden=wide",): ["model.hidden is 'wide'"],

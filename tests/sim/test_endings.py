@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import fedray
 from fedray.track.store import read_manifest, read_rows
 
 pytestmark = pytest.mark.ray
@@ -97,6 +98,16 @@ def test_kill_9_of_the_driver_loses_no_finished_round(tmp_path: Path, session: s
     shown = [line for line in out.splitlines() if line.strip().split("/")[0].strip().isdigit()]
     assert len(rows) >= max(seen_before, len(shown))
     assert [row["round"] for row in rows] == list(range(1, len(rows) + 1))
+    # And it goes on from its last checkpoint as if nothing had happened.
+    last = len(rows) + 3
+    command = [sys.executable, "-m", "fedray", "resume", str(folder), f"rounds={last}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    straight = fedray.run(
+        [*QUICK[:5], "tracker.progress=none", "tracker.wandb.mode=disabled", "runtime=inline", f"rounds={last}"],
+        folder=tmp_path / "straight",
+    )
+    assert [row["digest"] for row in read_rows(folder)] == [row["digest"] for row in straight.rows]
 
 
 def test_a_sweep_uses_one_cluster_and_leaves_one_folder_a_cell(tmp_path: Path, session: str) -> None:
