@@ -42,7 +42,7 @@ class Key:
 
     def numpy(self) -> np.random.Generator:
         """A fresh counter-based NumPy generator at the start of this key's stream."""
-        return np.random.Generator(np.random.Philox(key=int.from_bytes(self.digest, "little")))
+        return np.random.Generator(np.random.Philox(key=np.frombuffer(self.digest, "<u8")))
 
     def torch(self, device: str = "cpu") -> pytorch.Generator:
         """A fresh torch generator seeded by this key."""

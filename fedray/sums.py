@@ -10,8 +10,10 @@ and there are at most 2^20 contributions. Anything beyond, and anything not fini
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,66 +33,129 @@ LAST_GRID = 1.5 * 2.0 ** (52 - 86)
 BLOCK = 32_768  # elements; three float64 blocks stay in a core's second-level cache
 
 
-def _add_products(planes: np.ndarray, values: np.ndarray, weight: float) -> None:
-    """`planes += split(weight * values)`. planes: float64 (3, n), written; values: float32 or float64 (n,)."""
-    size = min(BLOCK, max(values.shape[0], 1))
-    product, rounded = np.empty(size), np.empty(size)
-    for start in range(0, values.shape[0], BLOCK):
-        block = values[start : start + BLOCK]
-        p, r = product[: block.shape[0]], rounded[: block.shape[0]]
-        stop = start + block.shape[0]
-        np.copyto(p, block)  # first: float32 times a Python float would be rounded to float32
-        np.multiply(p, weight, out=p)
-        for plane, grid in zip(planes, GRIDS, strict=False):
-            np.add(p, grid, out=r)
-            np.subtract(r, grid, out=r)
-            plane[start:stop] += r
-            np.subtract(p, r, out=p)
-        np.add(p, LAST_GRID, out=r)
-        np.subtract(r, LAST_GRID, out=r)
-        planes[2, start:stop] += r
+def _add_products(total: _Planes, terms: Sequence[tuple[np.ndarray, float]]) -> None:
+    """Add split(weight * values) for every term (values, weight), block by block; values float (n,).
+
+    The planes are large: each of their blocks is fetched once for all terms.
+    """
+    length = total.first.shape[0]
+    product, rounded = np.empty(min(BLOCK, length)), np.empty(min(BLOCK, length))
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        p, r = product[: stop - start], rounded[: stop - start]
+        first, second = total.first[start:stop], total.second[start:stop]
+        for values, weight in terms:
+            np.copyto(p, values[start:stop])  # first: float32 times a Python float would be rounded to float32
+            if weight != 1.0:
+                np.multiply(p, weight, out=p)
+            for plane, grid in ((first, GRIDS[0]), (second, GRIDS[1])):
+                np.add(p, grid, out=r)
+                np.subtract(r, grid, out=r)
+                np.add(plane, r, out=plane)
+                np.subtract(p, r, out=p)
+            # Weights of everyday size leave nothing below 2^-53: then every bit of what is left is zero.
+            if np.bitwise_or.reduce(p.view(np.int64)):
+                np.add(p, LAST_GRID, out=r)
+                np.subtract(r, LAST_GRID, out=r)
+                third = total.third_plane()[start:stop]
+                np.add(third, r, out=third)
 
 
+@dataclass
+class _Planes:
+    """A sum on three grids, float64 (n,) each; the third is None while it is zero."""
+
+    first: np.ndarray
+    second: np.ndarray
+    third: np.ndarray | None = None
+
+    @classmethod
+    def zeros(cls, length: int) -> _Planes:
+        return cls(np.zeros(length), np.zeros(length))
+
+    def third_plane(self) -> np.ndarray:
+        if self.third is None:
+            self.third = np.zeros(self.first.shape[0])
+        return self.third
+
+    def copy(self) -> _Planes:
+        return _Planes(self.first.copy(), self.second.copy(), None if self.third is None else self.third.copy())
+
+    def __add__(self, other: _Planes) -> _Planes:
+        third = self.third if other.third is None else other.third if self.third is None else self.third + other.third
+        return _Planes(self.first + other.first, self.second + other.second, third)
+
+    def scatter(self, length: int, where: Any) -> _Planes:
+        """The same sum among zeros."""
+
+        def spread(plane: np.ndarray) -> np.ndarray:
+            wide = np.zeros(length)
+            wide[where] = plane
+            return wide
+
+        return _Planes(spread(self.first), spread(self.second), None if self.third is None else spread(self.third))
+
+
+@lru_cache(maxsize=4096)  # clients have few distinct weights, and have them every round
 def _split(value: float) -> np.ndarray:
     """The three planes of one number, shape (3,)."""
-    planes = np.zeros((3, 1))
-    _add_products(planes, np.array([value]), 1.0)
-    return planes[:, 0]
+    planes = _Planes.zeros(1)
+    _add_products(planes, [(np.array([value]), 1.0)])
+    return np.array([planes.first[0], planes.second[0], planes.third_plane()[0]])
 
 
 @dataclass
 class _Total:
     """The running sum of one part.
 
-    planes: float64 (3, n). count: contributions so far. reach: the sum over contributions of the largest |w*x|,
-            rounded up; no partial sum, in whatever order, was beyond it.
-    weight: planes of the summed weight: (3,) while every contribution had the same support, else (3, n).
-    support: that common support; None for all coordinates, and where `weight` is per coordinate.
+    support: the mask that every contribution so far had, None for all coordinates. While they agree, only its k kept
+             coordinates are summed; `common` is False from the first that differs on, and everything is dense.
+    planes:  of k coordinates while common, else of n. owned: whether they may be written to.
+    weight:  planes of the summed weight: (3,) while common, else (3, n).
+    count:   contributions so far. reach: the sum over contributions of the largest |w*x|, rounded up; no partial sum,
+             in whatever order, was beyond it.
     """
 
     layout: Layout
-    planes: np.ndarray
-    weight: np.ndarray
     support: Mask | None
-    count: int
-    reach: int
+    planes: _Planes
+    weight: np.ndarray
+    count: int = 0
+    reach: int = 0
+    common: bool = True
+    owned: bool = True
 
-    def per_coordinate(self) -> np.ndarray:
-        """The planes of the weight of each coordinate, shape (3, n)."""
-        if self.weight.ndim == 2:
-            return self.weight
-        dense = np.repeat(self.weight[:, None], self.layout.size, axis=1)
-        if self.support is not None:
-            dense *= self.support.flat.numpy()
-        return dense
+    @classmethod
+    def empty(cls, layout: Layout, support: Mask | None) -> _Total:
+        size = layout.size if support is None else len(support.indices)
+        return cls(layout, support, _Planes.zeros(size), np.zeros(3))
 
-    def same_support(self, other_support: Mask | None) -> bool:
-        if self.weight.ndim == 2:
-            return False
-        mine = self.support
-        if mine is None or other_support is None:
-            return mine is other_support
-        return mine is other_support or mine.digest == other_support.digest
+    def fits(self, support: Mask | None) -> bool:
+        """Whether a contribution with this support can be added as things are."""
+        if not self.common or self.support is None or support is None:
+            return self.common and self.support is support
+        return self.support is support or self.support.digest == support.digest
+
+    def spread(self) -> _Total:
+        """The same sum with every coordinate written out."""
+        if not self.common:
+            return self
+        weight = np.zeros((3, self.layout.size))
+        where: Any = slice(None) if self.support is None else self.support.indices.numpy()
+        planes = self.planes.scatter(self.layout.size, where)
+        weight[:, where] = self.weight[:, None]
+        return _Total(self.layout, None, planes, weight, self.count, self.reach, common=False)
+
+    def plus(self, planes: _Planes, weight: np.ndarray, count: int, reach: int) -> None:
+        """Add planes and weights of the same shapes."""
+        if self.owned and planes.third is None:
+            self.planes.first += planes.first
+            self.planes.second += planes.second
+        else:
+            self.planes, self.owned = self.planes + planes, True
+        self.weight = self.weight + weight
+        self.count += count
+        self.reach += reach
 
 
 class Sums:
@@ -101,22 +166,33 @@ class Sums:
 
     def add(self, message: Message, *, who: str = "a client") -> Sums:
         """Add one client's message. Raises NumericError that names `who`, the part and the tensor."""
-        for name, part in message.parts.items():
-            largest = _largest_fit(name, part, who)
-            layout, support = part.value.layout, part.support
-            total = self._totals.get(name)
-            if total is None:
-                total = _Total(layout, np.zeros((3, layout.size)), np.zeros(3), support, 0, 0)
+        return self.add_all([(message, who)])
+
+    def add_all(self, messages: Sequence[tuple[Message, str]]) -> Sums:
+        """Add the messages of several clients, each with who sent it; faster than one by one, to the same bits."""
+        terms: dict[str, list[tuple[np.ndarray, float]]] = {}
+        for message, who in messages:
+            for name, part in message.parts.items():
+                largest = _largest_fit(name, part, who)
+                total = self._totals.get(name)
+                if total is None or not total.fits(part.support):
+                    if total is not None:
+                        _add_products(total.planes, terms.pop(name, []))
+                    total = _Total.empty(part.value.layout, part.support) if total is None else total.spread()
+                if not total.owned:
+                    total = replace(total, planes=total.planes.copy(), owned=True)
                 self._totals[name] = total
-            weight = _split(part.weight)
-            if not total.same_support(support):
-                total.weight = total.per_coordinate()
-                total.support = None
-                weight = weight[:, None] * (1.0 if support is None else support.flat.numpy())
-            total.weight = total.weight + weight
-            total.count += 1
-            total.reach += math.ceil(largest)
-            _add_products(total.planes, part.value.flat.numpy(), part.weight)
+                weight, values = _split(part.weight), part.value.flat
+                if not total.common:
+                    weight = weight[:, None] * (1.0 if part.support is None else part.support.flat.numpy())
+                elif part.support is not None:
+                    values = values[part.support.indices]
+                total.weight = total.weight + weight
+                total.count += 1
+                total.reach += math.ceil(largest)
+                terms.setdefault(name, []).append((values.numpy(), part.weight))
+        for name, waiting in terms.items():
+            _add_products(self._totals[name].planes, waiting)
         return self
 
     def merge(self, other: Sums) -> Sums:
@@ -124,22 +200,13 @@ class Sums:
         for name, theirs in other._totals.items():
             mine = self._totals.get(name)
             if mine is None:
-                self._totals[name] = _Total(
-                    theirs.layout,
-                    theirs.planes.copy(),
-                    theirs.weight.copy(),
-                    theirs.support,
-                    theirs.count,
-                    theirs.reach,
-                )
+                # Nothing is copied until something has to be added to it.
+                self._totals[name] = replace(theirs, owned=False)
                 continue
-            if theirs.weight.ndim == 1 and mine.same_support(theirs.support):
-                mine.weight = mine.weight + theirs.weight
-            else:
-                mine.weight, mine.support = mine.per_coordinate() + theirs.per_coordinate(), None
-            mine.planes += theirs.planes
-            mine.count += theirs.count
-            mine.reach += theirs.reach
+            if not (theirs.common and mine.fits(theirs.support)):
+                mine, theirs = mine.spread(), theirs.spread()
+                self._totals[name] = mine
+            mine.plus(theirs.planes, theirs.weight, theirs.count, theirs.reach)
         return self
 
     def __add__(self, other: Sums) -> Sums:
@@ -155,7 +222,7 @@ class Sums:
     def support(self, name: str) -> Mask:
         """The coordinates for which somebody vouched."""
         total = self._totals[name]
-        if total.weight.ndim == 1:
+        if total.common:
             return total.support if total.support is not None else Mask.full(total.layout)
         return Mask(total.layout, torch.from_numpy(total.weight.sum(axis=0) > 0))
 
@@ -169,30 +236,44 @@ class Sums:
             raise NumericError(f"{total.count} contributions of part {name!r}; sums are exact up to {MAX_COUNT}")
         if total.reach >= MAX_SUM:
             # Also where large values cancelled in the end: what was rounded on the way depends on the order.
-            worst = int(np.abs(total.planes[0]).argmax())
+            worst = int(np.abs(total.spread().planes.first).argmax())
             raise NumericError(
                 f"the sum of part {name!r} may reach {total.reach:g}, most of all in tensor "
                 f"{total.layout.locate(worst)!r}; sums are exact below 2^33. Lower trainer.lr, or weight clients "
                 "uniformly"
             )
-        weight = total.weight if total.weight.ndim == 2 else float(total.weight.sum())
-        out = np.empty(total.layout.size, np.float32)
-        for start in range(0, total.layout.size, BLOCK):
-            here = slice(start, start + BLOCK)
-            value = total.planes[0, here] + total.planes[1, here]
-            value += total.planes[2, here]
-            if isinstance(weight, float):
-                value /= weight
-            else:
-                divisor = weight[0, here] + weight[1, here] + weight[2, here]
-                np.divide(value, divisor, out=value, where=divisor > 0)
-            out[here] = value
-        mean = torch.from_numpy(out)
-        if total.weight.ndim == 2 or total.support is not None:
-            vouched = self.support(name).flat
-            instead = otherwise.flat if isinstance(otherwise, Tree) else torch.tensor(otherwise, dtype=torch.float32)
-            mean = torch.where(vouched, mean, instead)
-        return Tree(total.layout, mean)
+        mean = torch.from_numpy(_divide(total.planes, total.weight))
+        if total.common and total.support is None:
+            return Tree(total.layout, mean)
+        if isinstance(otherwise, Tree):
+            flat = otherwise.flat.clone()
+        else:
+            flat = torch.full((total.layout.size,), otherwise, dtype=torch.float32)
+        if total.common:
+            assert total.support is not None
+            flat.index_copy_(0, total.support.indices, mean)
+        else:
+            flat = torch.where(torch.from_numpy(total.weight.sum(axis=0) > 0), mean, flat)
+        return Tree(total.layout, flat)
+
+
+def _divide(planes: _Planes, weight: np.ndarray) -> np.ndarray:
+    """The sum over its weight, float32 (m,). weight: (3,) or (3, m), where 0 leaves what it finds."""
+    length = planes.first.shape[0]
+    out = np.empty(length, np.float32)
+    one = float(weight.sum()) if weight.ndim == 1 else 0.0
+    for start in range(0, length, BLOCK):
+        here = slice(start, start + BLOCK)
+        value = planes.first[here] + planes.second[here]
+        if planes.third is not None:
+            value += planes.third[here]
+        if weight.ndim == 1:
+            value /= one
+        else:
+            divisor = weight[0, here] + weight[1, here] + weight[2, here]
+            np.divide(value, divisor, out=value, where=divisor > 0)
+        out[here] = value
+    return out
 
 
 def _largest_fit(name: str, part: Part, who: str) -> float:

@@ -209,14 +209,15 @@ def _mask_from_bits(layout: Layout, bits: np.ndarray, seed: Seed | None) -> Mask
     return Mask(layout, torch.from_numpy(np.unpackbits(bits, count=layout.size).view(np.bool_)), seed)
 
 
-def tensor_view(array: np.ndarray) -> Tensor:
-    """A tensor over the memory of `array`, which may be a read-only view into the object store.
+with warnings.catch_warnings():
+    # PyTorch has no read-only tensors and says so, once in a process; trees are values, so nobody writes into them.
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    torch.from_numpy(np.frombuffer(b"once", np.uint8))
 
-    PyTorch has no read-only tensors and warns; trees are values, so nobody writes into them.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
+
+def tensor_view(array: np.ndarray) -> Tensor:
+    """A tensor over the memory of `array`, which may be a read-only view into the object store."""
+    return torch.from_numpy(array)
 
 
 def add(a: Tree, b: Tree, scale: float = 1.0) -> Tree:

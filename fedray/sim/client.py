@@ -22,7 +22,10 @@ from fedray.sim.spec import RunSpec
 from fedray.sums import Sums
 from fedray.train import Engine
 from fedray.tree import Mask, Tree
-from fedray.wire import Codec, Transfer
+from fedray.wire import Codec, Packet, Transfer
+
+
+SUMMED_AT_ONCE = 8  # uploads that are kept until they are added together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,17 @@ class EvalReply:
     scores: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class _Download:
+    """A payload with what it was made of; content: (part, flat values, weight, support), compared by identity."""
+
+    content: list[tuple[str, torch.Tensor, float, Mask | None]]
+    mask: Mask | None
+    known: Mask | None
+    packet: Packet
+    received: Message
+
+
 class Worker:
     """Hosts clients in one process."""
 
@@ -108,6 +122,7 @@ class Worker:
         self.prunable = prunable(self.engine, spec)
         self.codec = codec(self.engine, spec)
         self._masks: dict[bytes, Mask] = {}
+        self._last_download: _Download | None = None
 
     # -- one call ------------------------------------------------------------------------------------------------
 
@@ -120,13 +135,18 @@ class Worker:
         results, changed, sums = [], {}, Sums()
         payload: bytes = b""
         sent_mask: Mask | None = None
+        received: list[tuple[Message, str]] = []
         for client in clients:
             payload, sent_mask, result, record = self._one(broadcast, client, records.get(client))
             results.append(result)
             if record is not None:
                 changed[client] = record
             if len(clients) > 1:
-                sums.add(self.receive(payload, sent_mask), who=who(client, broadcast.round))
+                received.append((self.receive(payload, sent_mask), who(client, broadcast.round)))
+            if len(received) == SUMMED_AT_ONCE:
+                sums.add_all(received)
+                received = []
+        sums.add_all(received)
         single = len(clients) == 1
         own_mask = single and not same_mask(sent_mask, server.mask)
         reply = TrainReply(
@@ -192,9 +212,7 @@ class Worker:
         message = Message()
         for (name, policy), memory in zip(spec.policies, broadcast.memories, strict=True):
             message = self._hook(name, "send", ctx, policy.send, broadcast.server, message, memory, ctx)
-        down = self.codec.encode(message, direction="down", known=record.known)
-        message = self.codec.decode(down.payload, direction="down", known=record.known)
-        message = replace(message, mask=self.intern(message.mask))
+        down, message = self._download(message, record.known, who(client, round))
         sent_mask = message.mask
 
         started = time.perf_counter()
@@ -226,6 +244,28 @@ class Worker:
             record_changed=changed,
         )
         return up.payload, sent_mask, result, new if changed else None
+
+    def _download(self, message: Message, known: Mask | None, whose: str) -> tuple[Packet, Message]:
+        """The payload for a client and what it makes of it. Most clients of a round are sent the same values under
+        the same known mask: the same bytes, which are then made and read once."""
+        content = [(name, part.value.flat, part.weight, part.support) for name, part in message.parts.items()]
+        same = (
+            self._last_download is not None
+            and len(content) == len(self._last_download.content)
+            and all(a == c and b is d and e == f and g is h for (a, b, e, g), (c, d, f, h) in zip(content, self._last_download.content, strict=True))
+            and same_mask(message.mask, self._last_download.mask)
+            and same_mask(known, self._last_download.known)
+        )
+        if not same:
+            try:
+                packet = self.codec.encode(message, direction="down", known=known)
+            except FedrayError as error:
+                raise type(error)(f"{whose}: {error}") from error
+            received = self.codec.decode(packet.payload, direction="down", known=known)
+            received = replace(received, mask=self.intern(received.mask))
+            self._last_download = _Download(content, message.mask, known, packet, received)
+        assert self._last_download is not None
+        return self._last_download.packet, self._last_download.received
 
     def _train(self, message: Message, samples: Any, record: Record, ctx: Context) -> tuple[Fit, list[Any]]:
         trainer = self.spec.trainer

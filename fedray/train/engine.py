@@ -7,7 +7,8 @@ slices of a permuted resident tensor; the last batch of an epoch may be smaller.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,9 +48,13 @@ class Samples:
     def take(self, positions: Tensor | slice, device: torch.device) -> tuple[Tensor, Tensor]:
         """Input float32 and target of the samples at these positions of the index."""
         rows = self.index[positions]
-        x = self.x[rows].to(device, torch.float32)
-        shape = (1, -1) + (1,) * (x.dim() - 2)
-        x = x.mul_(self.scale).sub_(self.mean.to(device).view(shape)).div_(self.std.to(device).view(shape))
+        x = torch.index_select(self.x, 0, rows).to(device, torch.float32)
+        gain, offset = self.scale / self.std, self.mean / self.std
+        if gain.numel() == 1 and offset.numel() == 1:
+            x.mul_(float(gain)).sub_(float(offset))
+        else:
+            shape = (1, -1) + (1,) * (x.dim() - 2)
+            x.mul_(gain.to(device).view(shape)).sub_(offset.to(device).view(shape))
         if x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         return x, self.y[rows].to(device)
@@ -98,9 +103,8 @@ class Engine:
         self._mode(training=True)
         update = _Update(self, job)
         loss_sum = torch.zeros((), device=self.device)
-        with torch.random.fork_rng(devices=[]):
-            self._seed(key.fold("dropout").seed)
-            seen = 0
+        seen = 0
+        with self._seeded(key.fold("dropout").seed):
             for x, y in _batches(samples, job.num_steps, job.batch_size, key, self.device):
                 loss_sum.add_(update.step(x, y), alpha=len(y))
                 seen += len(y)
@@ -137,8 +141,7 @@ class Engine:
         count = len(samples) if batch_size is None else min(batch_size, len(samples))
         order = key.fold("probe").permutation(len(samples))[:count]
         total, loss = self.arrangement.empty(), 0.0
-        with torch.random.fork_rng(devices=[]):
-            self._seed(key.fold("probe", "dropout").seed)
+        with self._seeded(key.fold("probe", "dropout").seed):
             for start in range(0, count, PROBE_CHUNK):
                 x, y = samples.take(order[start : start + PROBE_CHUNK], self.device)
                 loss += float(self.gradient(x, y)) * len(y) / count
@@ -178,12 +181,20 @@ class Engine:
         if self.module.training != training:
             self.module.train(training)
 
-    def _seed(self, seed: int) -> None:
-        """Seed the generators that this engine's kernels draw from; `torch.manual_seed` would queue a call (and a
-        stack trace) for every kind of accelerator that is not there."""
+    @contextmanager
+    def _seeded(self, seed: int) -> Iterator[None]:
+        """Seed the generators that this engine's kernels draw from, and leave the process's own as it was.
+
+        `torch.manual_seed` would queue a call, and a stack trace, for every kind of accelerator that is not there.
+        """
+        before = torch.default_generator.get_state()
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
+        try:
+            yield
+        finally:
+            torch.default_generator.set_state(before)
 
     # -- loading -------------------------------------------------------------------------------------------------
 
@@ -243,12 +254,10 @@ class Engine:
         """Compare the recording with autograd at several batch sizes; a recording may have frozen a decision."""
         self.module.train()
         for size in (4, 3, 1):
-            with torch.random.fork_rng(devices=[]):
-                self._seed(1)
+            with self._seeded(1):
                 self._autograd(x[:size], y[:size])
-                self._seed(1)
-                with torch.inference_mode():
-                    _, *grads = step.gradients(self.weight_views, x[:size], y[:size])
+            with self._seeded(1), torch.inference_mode():
+                _, *grads = step.gradients(self.weight_views, x[:size], y[:size])
             for name, ours, theirs in zip(self.params_layout.names, grads, self.grad_views, strict=True):
                 scale = float(theirs.abs().max()) if theirs.numel() else 0.0
                 if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * scale + 1e-8):
