@@ -92,6 +92,7 @@ class RuntimeConfig:
     address: str | None = MISSING
     num_cpus: int | None = MISSING
     temp_dir: str | None = MISSING
+    dashboard: str = MISSING
 
 
 @dataclass
@@ -466,6 +467,8 @@ def _check_skeleton(config: dict[str, Any]) -> None:
         runtime["device"],
         "choose auto, cpu or cuda",
     )
+    shown = ("auto", "on", "off")
+    _refuse(runtime["dashboard"] not in shown, "runtime.dashboard", runtime["dashboard"], "choose auto, on or off")
     for name in ("clients_per_actor", "slots"):
         value = runtime[name]
         good = value == "auto" or (_is_int(value) and value >= 1)

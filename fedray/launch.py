@@ -147,7 +147,10 @@ def _on_ray(assembly: Assembly, recording: Recording, progress: Progress) -> Ite
 
     runtime, spec = assembly.runtime, assembly.spec
     progress.note("joining Ray ..." if runtime.address else "starting Ray ...")
-    ray_runtime.connect(runtime.address, num_cpus=runtime.num_cpus, temp_dir=runtime.temp_dir)
+    dashboard = runtime.clients_per_actor == 1 if runtime.dashboard == "auto" else runtime.dashboard == "on"
+    ray_runtime.connect(
+        runtime.address, num_cpus=runtime.num_cpus, temp_dir=runtime.temp_dir, dashboard=dashboard
+    )
     cluster = ray_runtime.look_at_cluster()
     device = runtime.device if runtime.device != "auto" else ("cuda" if cluster.gpus >= 1 else "cpu")
     spec = replace(spec, device=device)

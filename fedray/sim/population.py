@@ -57,16 +57,36 @@ class Population:
         arrays = (self.train_x, self.train_y, self.test_x, self.test_y, self.rows, self.mean, self.std)
         return tuple(tensor_view(np.ascontiguousarray(array)) for array in arrays)
 
+    def touch(self) -> None:
+        """Read a byte of every page, so that shared memory is mapped now and not in the middle of the first rounds."""
+        for array in (self.train_x, self.train_y, self.test_x, self.test_y, self.rows):
+            np.ascontiguousarray(array).reshape(-1).view(np.uint8)[::4096].max(initial=0)
+
     def info(self, client: int) -> ClientInfo:
         """Size and labels of one client."""
-        size = int(self.starts[client + 1] - self.starts[client])
-        return ClientInfo(id=client, num_examples=size, label_counts=tuple(int(n) for n in self.label_counts[client]))
+        found = self._infos.get(client)
+        if found is None:
+            size = int(self.starts[client + 1] - self.starts[client])
+            counts = tuple(self.label_counts[client].tolist())
+            found = self._infos[client] = ClientInfo(id=client, num_examples=size, label_counts=counts)
+        return found
+
+    @cached_property
+    def _infos(self) -> dict[int, ClientInfo]:
+        return {}
+
+    @cached_property
+    def _samples(self) -> dict[int, Samples]:
+        return {}
 
     def train(self, client: int) -> Samples:
         """The training data of one client."""
-        train_x, train_y, _, _, rows, mean, std = self._tensors
-        index = rows[int(self.starts[client]) : int(self.starts[client + 1])]
-        return Samples(train_x, train_y, index, mean, std, self.scale)
+        found = self._samples.get(client)
+        if found is None:
+            train_x, train_y, _, _, rows, mean, std = self._tensors
+            index = rows[int(self.starts[client]) : int(self.starts[client + 1])]
+            found = self._samples[client] = Samples(train_x, train_y, index, mean, std, self.scale)
+        return found
 
     def test(self, start: int, stop: int) -> Samples:
         """A stretch of the global test set."""

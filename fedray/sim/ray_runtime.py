@@ -6,6 +6,7 @@ all at the same time.
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import pickle
@@ -86,7 +87,7 @@ TOKEN_HELP = (
 )
 
 
-def connect(address: str | None, *, num_cpus: int | None, temp_dir: str | None) -> bool:
+def connect(address: str | None, *, num_cpus: int | None, temp_dir: str | None, dashboard: bool) -> bool:
     """Join the cluster at `address` (or RAY_ADDRESS), or start a local one; whether this call did it."""
     if ray.is_initialized():
         return False
@@ -104,7 +105,9 @@ def connect(address: str | None, *, num_cpus: int | None, temp_dir: str | None) 
             ) from error
         return True
     try:
-        ray.init(num_cpus=num_cpus, include_dashboard=True, dashboard_port=0, _temp_dir=temp_dir, **quiet)
+        # The dashboard, with the state API, is ten processes that start beside ours and wake up all the time.
+        shown = {"include_dashboard": True, "dashboard_port": 0} if dashboard else {"include_dashboard": False}
+        ray.init(num_cpus=num_cpus, _temp_dir=temp_dir, **shown, **quiet)
     except OSError as error:
         # A socket's path has at most 107 bytes, of which Ray needs about 60.
         raise ConfigError(
@@ -155,8 +158,12 @@ class ClientActor:
         torch.set_num_threads(1)
         from fedray.sim.client import Worker
 
+        population.touch()
         self.worker = Worker(sealed.open(), population)
         self.records: dict[int, tuple[int, Any]] = {}
+        # Half a million objects of torch and its compiler never die: the collector need not look at them again.
+        gc.collect()
+        gc.freeze()
 
     def ready(self) -> tuple[int, str, str]:
         """Process id, the engine that was resolved, and why."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from fedray.keys import Key
@@ -68,7 +69,7 @@ class RunSpec:
     device: str = "cpu"
     config: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def key(self) -> Key:
         return Key.of(self.seed)
 

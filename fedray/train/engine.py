@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -43,18 +44,25 @@ class Samples:
     scale: float
 
     def __len__(self) -> int:
-        return len(self.index)
+        return self.index.shape[0]
+
+    @cached_property
+    def affine(self) -> tuple[float, float] | tuple[Tensor, Tensor]:
+        """Gain and offset of x * gain - offset; floats where all channels agree, for then nothing is broadcast."""
+        gain, offset = self.scale / self.std, self.mean / self.std
+        if gain.numel() == 1 and offset.numel() == 1:
+            return float(gain), float(offset)
+        shape = (1, -1) + (1,) * (self.x.dim() - 2)
+        return gain.view(shape), offset.view(shape)
 
     def take(self, positions: Tensor | slice, device: torch.device) -> tuple[Tensor, Tensor]:
         """Input float32 and target of the samples at these positions of the index."""
         rows = self.index[positions]
         x = torch.index_select(self.x, 0, rows).to(device, torch.float32)
-        gain, offset = self.scale / self.std, self.mean / self.std
-        if gain.numel() == 1 and offset.numel() == 1:
-            x.mul_(float(gain)).sub_(float(offset))
-        else:
-            shape = (1, -1) + (1,) * (x.dim() - 2)
-            x.mul_(gain.to(device).view(shape)).sub_(offset.to(device).view(shape))
+        gain, offset = self.affine
+        if isinstance(gain, Tensor) and isinstance(offset, Tensor):
+            gain, offset = gain.to(device), offset.to(device)
+        x.mul_(gain).sub_(offset)
         if x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         return x, self.y[rows].to(device)
@@ -104,10 +112,11 @@ class Engine:
         update = _Update(self, job)
         loss_sum = torch.zeros((), device=self.device)
         seen = 0
-        with self._seeded(key.fold("dropout").seed):
+        with self._seeded(key, "dropout"):
             for x, y in _batches(samples, job.num_steps, job.batch_size, key, self.device):
-                loss_sum.add_(update.step(x, y), alpha=len(y))
-                seen += len(y)
+                size = y.shape[0]
+                loss_sum.add_(update.step(x, y), alpha=size)
+                seen += size
         evidence: dict[Evidence, Tree] = {}
         if update.grad_sum is not None:
             evidence["grad_sum"] = Tree(self.params_layout, self.arrangement.logical(update.grad_sum))
@@ -141,7 +150,7 @@ class Engine:
         count = len(samples) if batch_size is None else min(batch_size, len(samples))
         order = key.fold("probe").permutation(len(samples))[:count]
         total, loss = self.arrangement.empty(), 0.0
-        with self._seeded(key.fold("probe", "dropout").seed):
+        with self._seeded(key, "probe", "dropout"):
             for start in range(0, count, PROBE_CHUNK):
                 x, y = samples.take(order[start : start + PROBE_CHUNK], self.device)
                 loss += float(self.gradient(x, y)) * len(y) / count
@@ -182,12 +191,15 @@ class Engine:
             self.module.train(training)
 
     @contextmanager
-    def _seeded(self, seed: int) -> Iterator[None]:
+    def _seeded(self, key: Key, *names: str) -> Iterator[None]:
         """Seed the generators that this engine's kernels draw from, and leave the process's own as it was.
 
-        `torch.manual_seed` would queue a call, and a stack trace, for every kind of accelerator that is not there.
+        A recorded step that draws nothing needs no seed. `torch.manual_seed` would queue a call, and a stack trace, for every kind of accelerator that is not there.
         """
-        before = torch.default_generator.get_state()
+        if self._step is not None and not self._step.draws:
+            yield
+            return
+        seed, before = key.fold(*names).seed, torch.default_generator.get_state()
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -254,9 +266,10 @@ class Engine:
         """Compare the recording with autograd at several batch sizes; a recording may have frozen a decision."""
         self.module.train()
         for size in (4, 3, 1):
-            with self._seeded(1):
+            key = Key.of(size)
+            with self._seeded(key):
                 self._autograd(x[:size], y[:size])
-            with self._seeded(1), torch.inference_mode():
+            with self._seeded(key), torch.inference_mode():
                 _, *grads = step.gradients(self.weight_views, x[:size], y[:size])
             for name, ours, theirs in zip(self.params_layout.names, grads, self.grad_views, strict=True):
                 scale = float(theirs.abs().max()) if theirs.numel() else 0.0

@@ -22,7 +22,7 @@ class NotTraceable(Exception):
 
 
 class TracedStep:
-    """`gradients` and `update` of one module and loss, for any batch size.
+    """`gradients` and `update` of one module and loss, for any batch size. `draws`: whether it uses random numbers.
 
     Raises NotTraceable for modules with buffers (their statistics would have to be returned) and for those that
     decide in Python by looking at data.
@@ -48,6 +48,7 @@ class TracedStep:
         except Exception as error:  # whatever a user's module does under a tracer
             raise NotTraceable(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
         _clean(recorded.graph)
+        self.draws = any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in recorded.graph.nodes)
         self._gradients = _compiled(recorded.graph)
         graph, self._folded = _fold_products(recorded.graph)
         self._operands = _compiled(graph)
