@@ -6,6 +6,8 @@ all at the same time.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import io
 import os
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 
 LOST = (RayActorError, WorkerCrashedError, OwnerDiedError, ObjectLostError, OutOfMemoryError)
 """What a dead process looks like to whoever waits for it."""
+MALLOPT_TRIM_THRESHOLD, MALLOPT_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 MAX_DEATHS = 3
 MAX_RESTART_TRIES = 240  # half-second waits for a process that Ray is restarting
 POLL_SECONDS = 0.5  # how soon a run that waits for an answer notices that it was asked to stop
@@ -161,6 +164,7 @@ class ClientActor:
         population.touch()
         self.worker = Worker(sealed.open(), population)
         self.records: dict[int, tuple[int, Any]] = {}
+        _keep_freed_memory()
         # Half a million objects of torch and its compiler never die: the collector need not look at them again.
         gc.collect()
         gc.freeze()
@@ -199,6 +203,15 @@ class ClientActor:
             return self.worker.evaluate(server, start, stop, batch_size, tag)
         except FedrayError as error:
             return Failure.of(error)
+
+
+def _keep_freed_memory() -> None:
+    """Ask glibc to keep what is freed: buffers of a model's size come and go by the dozen in every call, and giving
+    their pages back to the system means to fetch them again, one fault each."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to ask
+        library = ctypes.CDLL(None)
+        for option in (MALLOPT_TRIM_THRESHOLD, MALLOPT_MMAP_THRESHOLD):
+            library.mallopt(option, 1 << 30)
 
 
 @dataclass(frozen=True)
