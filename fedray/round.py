@@ -120,7 +120,8 @@ class Fit:
     """What came of a job.
 
     received: the message as this client decoded it: the reference for differences.
-    loss:     mean training loss over the examples seen; NaN after zero steps.
+    num_seen: examples that went through a step, each as often as it did.
+    loss:     mean training loss over them; NaN after zero steps.
     """
 
     received: Message
@@ -131,6 +132,7 @@ class Fit:
     num_steps: int
     lr: float
     loss: float
+    num_seen: int = 0
     evidence: Mapping[Evidence, Tree] = field(default_factory=dict)
 
     def cut(self, mask: Mask) -> Fit:

@@ -234,7 +234,7 @@ class Worker:
             client=client,
             num_examples=len(samples),
             num_steps=fit.num_steps,
-            num_seen=_num_seen(fit, self.spec, len(samples)),
+            num_seen=fit.num_seen,
             loss=fit.loss,
             seconds=seconds,
             transfers=(
@@ -303,13 +303,6 @@ def _probe(
 def _empty(record: Record) -> bool:
     """Whether a record holds nothing that `init_client` would not give again."""
     return record.known is None and all(memory is None for memory in record.memories)
-
-
-def _num_seen(fit: Fit, spec: RunSpec, num_examples: int) -> int:
-    """Examples that went through a training step."""
-    if fit.num_steps and spec.trainer.steps is None and fit.num_steps == spec.trainer.num_steps(num_examples):
-        return (spec.trainer.epochs or 0) * num_examples
-    return min(fit.num_steps * spec.trainer.batch_size, max(fit.num_steps, 1) * num_examples)
 
 
 def peak_gpu_bytes(spec: RunSpec, population: Population) -> int:

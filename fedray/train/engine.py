@@ -130,6 +130,7 @@ class Engine:
             num_steps=job.num_steps,
             lr=job.lr,
             loss=float(loss_sum) / seen if seen else float("nan"),
+            num_seen=seen,
             evidence=evidence,
         )
 

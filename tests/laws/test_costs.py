@@ -77,10 +77,7 @@ def test_a_mask_scales_each_layer_by_what_it_keeps():
     assert costs.masked_flops(dense, None) == costs.masked_flops(dense, Mask.full(layout)) == 1430
 
 
-COUNTED_BY_STEPS = pytest.mark.xfail(strict=True, reason="sim/client._num_seen bounds the examples of ragged batches")
-
-
-@pytest.mark.parametrize(("epochs", "steps"), [(2, None), pytest.param(None, 3, marks=COUNTED_BY_STEPS)])
+@pytest.mark.parametrize(("epochs", "steps"), [(2, None), (None, 3)])
 def test_rows_count_the_flops_of_the_mask_that_trained_times_the_examples_seen(epochs, steps):
     pruner = Magnitude(sparsity=0.5, start=2)
     ran = run(spec(pruner, FedAvg(), rounds=3, epochs=epochs, steps=steps), population())
