@@ -254,7 +254,9 @@ def recorded(folder: Path, overrides: Sequence[str]) -> DictConfig:
     for override in overrides:
         if "=" not in override or override.startswith(("+", "~", "-")):
             raise ConfigError(f"{override!r} is not key=value; resume takes plain values, as in rounds=40")
-    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+    merged = OmegaConf.merge(
+        OmegaConf.structured(Config), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
+    )
     assert isinstance(merged, DictConfig)
     return merged
 

@@ -107,8 +107,8 @@ def resume(folder: Path, assembly: Assembly) -> Run:
     manifest, rows = read_manifest(folder), read_rows(folder)
     if manifest["run_id"] != assembly.spec.run_id:
         raise ConfigError(
-            f"{folder} holds run {manifest['run_id']}, and this configuration is run {assembly.spec.run_id}; only rounds, "
-            "checkpoint, runtime and tracker may change"
+            f"{folder} holds run {manifest['run_id']}, and this configuration is run {assembly.spec.run_id}; only "
+            "rounds, checkpoint, runtime and tracker may change"
         )
     if manifest["status"] == "finished" and rows and rows[-1]["round"] >= assembly.spec.rounds:
         raise ConfigError(f"{folder} has finished its {assembly.spec.rounds} rounds; to lengthen it write rounds=...")
@@ -148,9 +148,7 @@ def _on_ray(assembly: Assembly, recording: Recording, progress: Progress) -> Ite
     runtime, spec = assembly.runtime, assembly.spec
     progress.note("joining Ray ..." if runtime.address else "starting Ray ...")
     dashboard = runtime.clients_per_actor == 1 if runtime.dashboard == "auto" else runtime.dashboard == "on"
-    ray_runtime.connect(
-        runtime.address, num_cpus=runtime.num_cpus, temp_dir=runtime.temp_dir, dashboard=dashboard
-    )
+    ray_runtime.connect(runtime.address, num_cpus=runtime.num_cpus, temp_dir=runtime.temp_dir, dashboard=dashboard)
     cluster = ray_runtime.look_at_cluster()
     device = runtime.device if runtime.device != "auto" else ("cuda" if cluster.gpus >= 1 else "cpu")
     spec = replace(spec, device=device)

@@ -102,8 +102,8 @@ def load(path: Path) -> State:
         )
     except Exception as error:
         raise RunError(
-            f"checkpoint {path} cannot be read ({type(error).__name__}: {error}); delete the folder to fall back to the "
-            "one before it"
+            f"checkpoint {path} cannot be read ({type(error).__name__}: {error}); delete the folder to fall back to "
+            "the one before it"
         ) from error
 
 
@@ -125,8 +125,8 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Mapping):
         return {"kind": "dict", "keys": list(value), "items": [_pack(item, tensors) for item in value.values()]}
     raise RunError(
-        f"a policy's memory holds a {type(value).__name__}; it may hold None, numbers, text, Tree, Mask, tuples, lists and "
-        "dicts of such, or set checkpoint.every=0"
+        f"a policy's memory holds a {type(value).__name__}; it may hold None, numbers, text, Tree, Mask, tuples, lists "
+        "and dicts of such, or set checkpoint.every=0"
     )
 
 

@@ -24,7 +24,6 @@ from fedray.train import Engine
 from fedray.tree import Mask, Tree
 from fedray.wire import Codec, Packet, Transfer
 
-
 SUMMED_AT_ONCE = 8  # uploads that are kept until they are added together
 
 
@@ -252,7 +251,10 @@ class Worker:
         same = (
             self._last_download is not None
             and len(content) == len(self._last_download.content)
-            and all(a == c and b is d and e == f and g is h for (a, b, e, g), (c, d, f, h) in zip(content, self._last_download.content, strict=True))
+            and all(
+                a == c and b is d and e == f and g is h
+                for (a, b, e, g), (c, d, f, h) in zip(content, self._last_download.content, strict=True)
+            )
             and same_mask(message.mask, self._last_download.mask)
             and same_mask(known, self._last_download.known)
         )

@@ -174,7 +174,11 @@ class ClientActor:
         return os.getpid(), self.worker.engine.kind, self.worker.engine.reason
 
     def train(
-        self, broadcast: Broadcast, clients: Sequence[int], versions: Sequence[int], *held: tuple[int, Mapping[int, Any]]
+        self,
+        broadcast: Broadcast,
+        clients: Sequence[int],
+        versions: Sequence[int],
+        *held: tuple[int, Mapping[int, Any]],
     ) -> tuple[Any, tuple[int, Mapping[int, Any]]]:
         """Train clients. versions: the round of each one's committed record, 0 for none.
 

@@ -90,7 +90,7 @@ class InlineRuntime:
     def load(self, snapshot: Any) -> dict[int, Record]:
         return dict(snapshot)
 
-    def restore(self, records: Mapping[int, Record], round: int) -> None:
+    def restore(self, records: Mapping[int, Record], round: int) -> None:  # noqa: ARG002 - the protocol's
         self.records = dict(records)
 
     def start(

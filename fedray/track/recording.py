@@ -45,7 +45,7 @@ class Recorder:
         self._log = Path(recording.log_path)
         self._facts: dict[str, Any] = {}
         self._last: Mapping[str, Any] | None = None
-        what = {"config_yaml": recording.config_yaml, "manifest": recording.manifest}
+        what: dict[str, Any] = {"config_yaml": recording.config_yaml, "manifest": recording.manifest}
         if recording.resume_round is None:
             self._store = Store.create(folder, **what)
         else:

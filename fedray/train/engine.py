@@ -195,7 +195,8 @@ class Engine:
     def _seeded(self, key: Key, *names: str) -> Iterator[None]:
         """Seed the generators that this engine's kernels draw from, and leave the process's own as it was.
 
-        A recorded step that draws nothing needs no seed. `torch.manual_seed` would queue a call, and a stack trace, for every kind of accelerator that is not there.
+        A recorded step that draws nothing needs no seed. `torch.manual_seed` would queue a call, and a stack trace,
+        for every kind of accelerator that is not there.
         """
         if self._step is not None and not self._step.draws:
             yield

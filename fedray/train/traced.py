@@ -48,7 +48,9 @@ class TracedStep:
         except Exception as error:  # whatever a user's module does under a tracer
             raise NotTraceable(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
         _clean(recorded.graph)
-        self.draws = any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in recorded.graph.nodes)
+        self.draws = any(
+            torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in recorded.graph.nodes
+        )
         self._gradients = _compiled(recorded.graph)
         graph, self._folded = _fold_products(recorded.graph)
         self._operands = _compiled(graph)

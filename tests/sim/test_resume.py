@@ -101,7 +101,9 @@ def test_a_run_without_a_checkpoint_starts_again_and_gives_the_same(tmp_path: Pa
     assert [row["digest"] for row in again.rows] == digests
 
 
-def test_another_runs_settings_and_a_finished_run_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_runs_settings_and_a_finished_run_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = fedray.run([*CELL, "rounds=2"], folder=tmp_path / "run")
     with pytest.raises(ConfigError, match="only rounds, checkpoint, runtime and tracker may change"):
         fedray.resume(run.folder, ["trainer.lr=0.5"])
@@ -111,7 +113,9 @@ def test_another_runs_settings_and_a_finished_run_are_refused(tmp_path: Path, ca
         assert main(["resume", str(run.folder), *bad]) == 2
         error = capsys.readouterr().err.strip()
         assert len(error.splitlines()) == 1, error
-        assert error.startswith(("fedray: rounds is 'ten'", "fedray: '+rounds=3'", "fedray: ruonds is not a setting; did you"))
+        assert error.startswith(
+            ("fedray: rounds is 'ten'", "fedray: '+rounds=3'", "fedray: ruonds is not a setting; did you")
+        )
     assert main(["resume", str(tmp_path / "nowhere")]) == 2
     assert len(read_rows(run.folder)) == 2
 
@@ -152,7 +156,9 @@ def test_an_actor_takes_the_committed_record_and_not_an_older_one() -> None:
     from fedray.sim.ray_runtime import ClientActor
 
     class Seen:
-        def train(self, broadcast: object, clients: object, records: dict[int, Record]) -> tuple[str, dict[int, Record]]:
+        def train(
+            self, broadcast: object, clients: object, records: dict[int, Record]
+        ) -> tuple[str, dict[int, Record]]:
             self.records = records
             return "reply", {}
 
