@@ -96,7 +96,6 @@ class _Download:
     mask: Mask | None
     known: Mask | None
     packet: Packet
-    received: Message
 
 
 class Worker:
@@ -211,7 +210,9 @@ class Worker:
         message = Message()
         for (name, policy), memory in zip(spec.policies, broadcast.memories, strict=True):
             message = self._hook(name, "send", ctx, policy.send, broadcast.server, message, memory, ctx)
-        down, message = self._download(message, record.known, who(client, round))
+        down = self._download(message, record.known, who(client, round))
+        message = self.codec.decode(down.payload, direction="down", known=record.known)
+        message = replace(message, mask=self.intern(message.mask))
         sent_mask = message.mask
 
         started = time.perf_counter()
@@ -244,30 +245,28 @@ class Worker:
         )
         return up.payload, sent_mask, result, new if changed else None
 
-    def _download(self, message: Message, known: Mask | None, whose: str) -> tuple[Packet, Message]:
-        """The payload for a client and what it makes of it. Most clients of a round are sent the same values under
-        the same known mask: the same bytes, which are then made and read once."""
+    def _download(self, message: Message, known: Mask | None, whose: str) -> Packet:
+        """The payload for a client. Most clients of a round are sent the same values under the same known mask, and so
+        the same bytes: those are made once, and read by each."""
         content = [(name, part.value.flat, part.weight, part.support) for name, part in message.parts.items()]
-        same = (
-            self._last_download is not None
-            and len(content) == len(self._last_download.content)
+        last = self._last_download
+        if (
+            last is not None
+            and len(content) == len(last.content)
             and all(
                 a == c and b is d and e == f and g is h
-                for (a, b, e, g), (c, d, f, h) in zip(content, self._last_download.content, strict=True)
+                for (a, b, e, g), (c, d, f, h) in zip(content, last.content, strict=True)
             )
-            and same_mask(message.mask, self._last_download.mask)
-            and same_mask(known, self._last_download.known)
-        )
-        if not same:
-            try:
-                packet = self.codec.encode(message, direction="down", known=known)
-            except FedrayError as error:
-                raise type(error)(f"{whose}: {error}") from error
-            received = self.codec.decode(packet.payload, direction="down", known=known)
-            received = replace(received, mask=self.intern(received.mask))
-            self._last_download = _Download(content, message.mask, known, packet, received)
-        assert self._last_download is not None
-        return self._last_download.packet, self._last_download.received
+            and same_mask(message.mask, last.mask)
+            and same_mask(known, last.known)
+        ):
+            return last.packet
+        try:
+            packet = self.codec.encode(message, direction="down", known=known)
+        except FedrayError as error:
+            raise type(error)(f"{whose}: {error}") from error
+        self._last_download = _Download(content, message.mask, known, packet)
+        return packet
 
     def _train(self, message: Message, samples: Any, record: Record, ctx: Context) -> tuple[Fit, list[Any]]:
         trainer = self.spec.trainer

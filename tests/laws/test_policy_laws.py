@@ -315,15 +315,15 @@ def test_a_run_repeats_itself_bit_for_bit():
 @pytest.mark.parametrize("wire", ["float32", "float16"])
 @pytest.mark.parametrize("pruner", PRUNERS, ids=label)
 def test_bytes_in_the_rows_are_those_of_an_independent_count(pruner, wire, monkeypatch):
+    # Counted where they arrive: equal downloads are made once, but each client reads its own.
     crossed = {"down": [], "up": []}
-    original = Codec.encode
+    original = Codec.decode
 
-    def encode(self, message, *, direction, known):
-        packet = original(self, message, direction=direction, known=known)
-        crossed[direction].append(len(packet.payload))
-        return packet
+    def decode(self, payload, *, direction, known):
+        crossed[direction].append(len(payload))
+        return original(self, payload, direction=direction, known=known)
 
-    monkeypatch.setattr(Codec, "encode", encode)
+    monkeypatch.setattr(Codec, "decode", decode)
     stages = {} if wire == "float32" else {"down": Float16(), "up": Float16()}
     ran = run(spec(pruner, FedAvg(), model="batchnorm_cnn", **stages), population("batchnorm_cnn"))
     for direction, sizes in crossed.items():
