@@ -334,4 +334,26 @@ def _resume(arguments: list[str]) -> None:
     resume(options.run, options.overrides, config_dir=options.config_dir)
 
 
-COMMANDS = {"export": _export, "resume": _resume}
+def _reprice(arguments: list[str]) -> None:
+    from fedray.report.commands import reprice_command
+
+    def profile(group: str, name: str) -> Any:
+        from fedray.config import profile  # torch and Hydra, which prices alone do not need
+
+        return profile(group, name)
+
+    def make(node: Any) -> Any:
+        from fedray.config import component
+
+        return component(node, "device or link")
+
+    reprice_command(arguments, parser=_Parser, profile=profile, make=make)
+
+
+def _table(arguments: list[str]) -> None:
+    from fedray.report.commands import table_command
+
+    table_command(arguments, parser=_Parser)
+
+
+COMMANDS = {"export": _export, "reprice": _reprice, "resume": _resume, "table": _table}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import importlib.util
 import inspect
 import json
 import logging
@@ -27,16 +28,20 @@ from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 
 from fedray import data as data_room
 from fedray.data.dataset import Dataset
 from fedray.errors import ConfigError
 from fedray.models import Scope, Task
 from fedray.round import FieldError, Optim, Policy
+from fedray.sim.client import codec_of
 from fedray.sim.population import Population
 from fedray.sim.spec import EvalSpec, RunSpec, TrainerSpec
 from fedray.track.wandb import WandbConfig
 from fedray.train import LearningRate
+from fedray.wire import Chain, Way, Wire
+from fedray.wire.values import Entropy
 
 # What Hydra logs of a target that cannot be imported is in the sentence that we raise.
 logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)
@@ -135,6 +140,8 @@ class Config:
     correction: dict[str, Any] = field(default_factory=dict)
     pruner: dict[str, Any] = field(default_factory=dict)
     wire: dict[str, Any] = field(default_factory=dict)
+    device: dict[str, Any] = field(default_factory=dict)
+    link: dict[str, Any] = field(default_factory=dict)
 
 
 def register() -> None:
@@ -183,8 +190,7 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None) -> Assembly:
 
     spec_trainer = _trainer(config["trainer"])
     policies = _policies(config)
-    down, up = (_make(config["wire"].get(way), f"wire.{way}") for way in ("down", "up"))
-    _only(config["wire"], ("down", "up"), "wire")
+    wire = _wire(config["wire"])
     partitioner = _make(config["partition"], "partition")
     scope = Scope(**config["scope"])
     spec = RunSpec(
@@ -196,11 +202,12 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None) -> Assembly:
         cohort=config["cohort"],
         task=Task(build=_unbuilt, scope=scope),
         policies=policies,
-        down=down,
-        up=up,
+        wire=wire,
         trainer=spec_trainer,
         evaluation=EvalSpec(**config["eval"]),
         checkpoint_every=config["checkpoint"]["every"],
+        hardware=component(config["device"], "device"),
+        link=component(config["link"], "link"),
         config=config,
     )
     for name, policy in policies:
@@ -216,7 +223,8 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None) -> Assembly:
     build = _maker(config["model"], dataset.shape, dataset.num_classes)
     population, partition_hash = _population(dataset, partitioner, spec)
     task = Task(build=build, scope=scope)
-    _try_model(task, dataset, spec)
+    # Which parts cross is known once the model is: chains that cannot work are refused here.
+    codec_of(_try_model(task, dataset, spec), replace(spec, task=task))
     run_id = _run_id(config, dataset)
     facts = {
         "run_id": run_id,
@@ -231,6 +239,7 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None) -> Assembly:
         },
         "partition": partition_hash,
         "code_folder": code_folder,
+        "depends_on_time": any(policy.depends_on_time for _, policy in policies),
         "config": config,
     }
     wandb = config["tracker"]["wandb"]
@@ -299,6 +308,42 @@ def _policies(config: dict[str, Any]) -> tuple[tuple[str, Policy[Any, Any]], ...
     return tuple(found)
 
 
+def _wire(config: Mapping[str, Any]) -> Wire:
+    """The chains of both directions, each stage a component of its own."""
+    _only(config, ("down", "up", "entropy"), "wire")
+    entropies = typing.get_args(Entropy)
+    entropy: Any = config.get("entropy")
+    if entropy not in entropies:
+        raise ConfigError(f"wire.entropy is {entropy!r}; choose {', '.join(entropies)}")
+    if entropy == "ans" and importlib.util.find_spec("constriction") is None:
+        raise ConfigError("wire.entropy is 'ans'; it needs constriction: pip install 'fedray[compress]', or use zstd")
+    ways = {}
+    for name in ("down", "up"):
+        group = f"wire.{name}"
+        way = config.get(name)
+        if not isinstance(way, Mapping):
+            raise ConfigError(f"{group} is {way!r}; it holds chain, parts, feedback and decay, as in conf/wire")
+        _only(way, ("chain", "parts", "feedback", "decay"), group)
+        feedback, decay = way.get("feedback", False), way.get("decay", 1.0)
+        _refuse(not isinstance(feedback, bool), f"{group}.feedback", feedback, "write true or false")
+        _refuse(not conforms(decay, float), f"{group}.decay", decay, "it is a number above 0 and at most 1")
+        ways[name] = Way(
+            chain=_stages(way.get("chain"), f"{group}.chain"),
+            parts={part: _stages(node, f"{group}.parts.{part}") for part, node in (way.get("parts") or {}).items()},
+            feedback=feedback,
+            decay=float(decay),
+        )
+    return Wire(down=ways["down"], up=ways["up"], entropy=entropy)
+
+
+def _stages(nodes: Any, group: str) -> dict[str, Any]:
+    if nodes is not None and not isinstance(nodes, Mapping):
+        raise ConfigError(f"{group} is {nodes!r}; it holds stages by name, as in conf/wire")
+    stages = {str(name): _make(node, f"{group}.{name}") for name, node in (nodes or {}).items() if node is not None}
+    Chain.of(stages, group)
+    return stages
+
+
 def _maker(node: dict[str, Any], shape: tuple[int, ...], num_classes: int) -> Any:
     """A picklable maker of the model; shape and num_classes come from the data where the model asks for them."""
     facts = {"shape": shape, "num_classes": num_classes}
@@ -313,7 +358,7 @@ def maker_of_run(facts: Mapping[str, Any]) -> Any:
     return _maker(facts["config"]["model"], tuple(facts["data"]["sample_shape"]), facts["data"]["num_classes"])
 
 
-def _try_model(task: Task, dataset: Dataset, spec: RunSpec) -> None:
+def _try_model(task: Task, dataset: Dataset, spec: RunSpec) -> nn.Module:
     """Build the model once and run two samples through it, so that a misfit is found here."""
     import torch
 
@@ -333,6 +378,7 @@ def _try_model(task: Task, dataset: Dataset, spec: RunSpec) -> None:
             f"model._target_ is {spec.config['model']['_target_']!r}; for two samples it gives shape "
             f"{tuple(outputs.shape)}, and (2, {dataset.num_classes}) logits are needed for data={dataset.name}"
         )
+    return module
 
 
 def _population(dataset: Dataset, partitioner: Any, spec: RunSpec) -> tuple[Population, dict[str, Any]]:
@@ -490,6 +536,23 @@ def _is_int(value: object) -> bool:
 
 
 # -- components ------------------------------------------------------------------------------------------------------
+
+
+def component(node: Mapping[str, Any], group: str) -> Any:
+    """The component of a group that may be empty; None then."""
+    return _make(node, group) if node else None
+
+
+def profile(group: str, name: str) -> Any:
+    """The component of conf/<group>/<name>.yaml; None for `none`. Raises ConfigError."""
+    folder = Path(conf_folder()) / group
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names)}"
+        raise ConfigError(f"{group} profile {name!r} does not exist; {hint}")
+    node = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"))
+    return component(typing.cast(dict[str, Any], node), group)
 
 
 def _make(node: Any, group: str) -> Any:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from fedray.errors import ConfigError
 from fedray.keys import Key
@@ -47,10 +47,17 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class PartSpec:
-    """What a codec and a guard need to know of a part: its layout, and which way it travels."""
+    """What a codec and a guard need to know of a part.
+
+    direction: which way it travels.
+    lossy:     whether it may be written with loss; if not it travels as float32, whatever the wire is.
+    absolute:  whether it is a state rather than a difference: leaving a coordinate out would set it to zero.
+    """
 
     layout: Layout
     direction: Literal["down", "up", "both"]
+    lossy: bool = True
+    absolute: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +229,13 @@ class Policy(Generic[M, C]):
     Concrete policies are frozen, final, keyword-only dataclasses whose fields are hyper-parameters; they refuse
     bad values in `__post_init__` with `refuse`. A memory is None, a number, a Tree, a Mask, or a tuple or dict of
     such; C must be picklable, and equal memories mean that nothing changed.
+
+    cuts: what kind of mask it makes; "weights" cuts single weights out of matrices, "none" makes none.
+    depends_on_time: whether the course of a run depends on how long things take; then it has only one price.
     """
+
+    cuts: ClassVar[Literal["none", "weights"]] = "none"
+    depends_on_time: ClassVar[bool] = False
 
     def check(self, run: RunFacts) -> None:
         """Refuse bad company, by ConfigError, before data loads."""

@@ -23,10 +23,11 @@ DOORS: dict[str, set[str]] = {
     "tree": set(),
     "keys": set(),
     "sums": {"tree"},
-    "costs": {"tree"},
     "prune": {"tree", "keys"},
     "privacy": {"tree", "keys"},
     "round": {"tree", "keys", "sums"},
+    # Links draw a client's rate; devices and links refuse a bad field as policies do.
+    "costs": {"tree", "keys", "round"},
     # The codec takes a round's messages; a random mask travels as its seed and is drawn again by prune's kernel.
     "wire": {"tree", "keys", "round", "prune"},
     **{room: KERNELS | {"privacy", "round"} for room in POLICY_ROOMS},
@@ -35,7 +36,8 @@ DOORS: dict[str, set[str]] = {
     "data": {"keys"},
     "sim": KERNELS | {"privacy", "round", "wire", "models", "train", "data"},
     "track": set(),
-    "report": {"track"},
+    # Re-pricing in time runs the driver's own model of it.
+    "report": {"track", "costs", "keys"},
 }
 DOORS["config"] = set(DOORS) | {"sim"}
 DOORS["launch"] = set(DOORS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 from fedray.errors import ConfigError
 from fedray.prune.allocate import ALLOCATIONS, BUDGETS, ROUNDINGS, Allocation, Budget, Rounding
@@ -34,6 +34,8 @@ class FedDST(Policy[None, None]):
     regrow_dropped: whether what was just dropped may grow, as in the authors' code; if not, only for want of others.
     budget, rounding: what the sparsity is a fraction of, and how counts are rounded: see `prune.allocate`.
     """
+
+    cuts: ClassVar[Literal["none", "weights"]] = "weights"
 
     sparsity: float
     allocation: Allocation = "erk"

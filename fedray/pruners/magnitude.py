@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 from fedray.errors import ConfigError
 from fedray.prune.allocate import ALLOCATIONS, BUDGETS, ROUNDINGS, Allocation, Budget, Rounding, total_kept
@@ -34,6 +34,8 @@ class Magnitude(Policy[None, None]):
                 in a round that ends with an event, their upload is dense too, and pruned weights compete again.
     budget, rounding: what the sparsity is a fraction of, and how counts are rounded: see `prune.allocate`.
     """
+
+    cuts: ClassVar[Literal["none", "weights"]] = "weights"
 
     sparsity: float
     ranking: Literal["local", "global"] = "local"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, Literal, final
 
 from fedray.prune.allocate import ALLOCATIONS, BUDGETS, ROUNDINGS, Allocation, Budget, Rounding
 from fedray.prune.select import random_mask
@@ -23,6 +23,8 @@ class Random(Policy[None, None]):
     allocation: how the kept weights are divided among tensors: "uniform", "er" or "erk".
     budget, rounding: what the sparsity is a fraction of, and how counts are rounded: see `prune.allocate`.
     """
+
+    cuts: ClassVar[Literal["none", "weights"]] = "weights"
 
     sparsity: float
     allocation: Allocation = "erk"

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,18 @@ from fedray.errors import RunError
 from fedray.round import Server
 from fedray.sim.client import Record
 from fedray.tree import Layout, Mask, Tree
+from fedray.wire import Downlink
 
-FORMAT = 1
+FORMAT = 2
 KEPT = 2  # a checkpoint that turns out unreadable has one before it
 
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """Everything that the next round depends on. totals: of the ledger; records: of clients that have one."""
+    """Everything that the next round depends on.
+
+    totals: of the ledger; records: of clients that have one; downlink: what the server remembers of its downloads.
+    """
 
     run_id: str
     round: int
@@ -39,6 +43,9 @@ class State:
     totals: Mapping[str, int]
     train_flops: float
     elapsed_s: float
+    simulated_s: float = 0.0
+    simulated_j: float = 0.0
+    downlink: Downlink = field(default_factory=Downlink)
 
 
 def save(folder: Path, state: State) -> Path:
@@ -51,8 +58,11 @@ def save(folder: Path, state: State) -> Path:
         "server": _pack((state.server.params, state.server.buffers, state.server.mask), tensors),
         "memories": _pack(state.memories, tensors),
         "records": {
-            str(client): _pack((record.memories, record.known), tensors) for client, record in state.records.items()
+            str(client): _pack((record.memories, record.known, record.residuals, record.warm, record.version), tensors)
+            for client, record in state.records.items()
         },
+        "simulated": [state.simulated_s, state.simulated_j],
+        "downlink": _pack(state.downlink.plain(), tensors),
         "totals": dict(state.totals),
         "train_flops": state.train_flops,
         "elapsed_s": state.elapsed_s,
@@ -88,8 +98,10 @@ def load(path: Path) -> State:
         params, buffers, mask = _unpack(plain["server"], tensors)
         records = {}
         for client, packed in plain["records"].items():
-            memories, known = _unpack(packed, tensors)
-            records[int(client)] = Record(memories=memories, known=known)
+            memories, known, residuals, warm, version = _unpack(packed, tensors)
+            records[int(client)] = Record(
+                memories=memories, known=known, residuals=residuals, warm=warm, version=version
+            )
         return State(
             run_id=plain["run_id"],
             round=plain["round"],
@@ -99,6 +111,9 @@ def load(path: Path) -> State:
             totals=plain["totals"],
             train_flops=plain["train_flops"],
             elapsed_s=plain["elapsed_s"],
+            simulated_s=plain["simulated"][0],
+            simulated_j=plain["simulated"][1],
+            downlink=Downlink.of_plain(_unpack(plain["downlink"], tensors)),
         )
     except Exception as error:
         raise RunError(

@@ -9,51 +9,72 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
-from fedray.errors import ClientError, FedrayError
+from fedray.errors import ClientError, FedrayError, WireError
+from fedray.keys import Key
+from fedray.models.task import layouts, prunable_names
 from fedray.round import Context, Fit, Job, Message, Server
 from fedray.sim.population import Population
 from fedray.sim.spec import RunSpec
 from fedray.sums import Sums
 from fedray.train import Engine
 from fedray.tree import Mask, Tree
-from fedray.wire import Codec, Packet, Transfer
+from fedray.wire import Codec, Download, Packet, Transfer
+from fedray.wire.codec import NOTHING, Trees
+from fedray.wire.ledger import Direction
 
 SUMMED_AT_ONCE = 8  # uploads that are kept until they are added together
 
 
 @dataclass(frozen=True, kw_only=True)
 class Broadcast:
-    """The server's side of a round, put into the object store once. round: the one that begins."""
+    """The server's side of a round, put into the object store once. round: the one that begins.
+
+    download: what clients are sent, where it depends on earlier downloads; None where each one's is made anew.
+    """
 
     round: int
     server: Server
     memories: tuple[Any, ...]
     cohort: tuple[int, ...]
+    download: Download | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a client keeps between rounds: each policy's memory, and the mask last exchanged."""
+    """What a client keeps between rounds: each policy's memory, and what its end of the wire remembers.
+
+    known: the mask last exchanged. residuals: what its uploads lost, by part; warm: what its stages start from.
+    version: the download that it holds, 0 for none; counted only where downloads are changes.
+    """
 
     memories: tuple[Any, ...]
     known: Mask | None
+    residuals: Trees = field(default_factory=dict)
+    warm: Trees = field(default_factory=dict)
+    version: int = 0
 
     def same(self, other: Record) -> bool:
         """Whether nothing changed: policies return the very object where they change nothing."""
-        if not same_mask(self.known, other.known):
+        if self.version != other.version or not same_mask(self.known, other.known):
+            return False
+        if self.residuals is not other.residuals or self.warm is not other.warm:
             return False
         return all(mine is theirs for mine, theirs in zip(self.memories, other.memories, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClientResult:
-    """What the driver logs of one client's round. seconds: time of its training. num_seen: examples stepped on."""
+    """What the driver logs of one client's round. num_seen: examples stepped on.
+
+    seconds: time of its training; wire_seconds: of its encoding and decoding, both ends.
+    """
 
     client: int
     num_examples: int
@@ -61,6 +82,7 @@ class ClientResult:
     num_seen: int
     loss: float
     seconds: float
+    wire_seconds: float
     transfers: tuple[Transfer, ...]
     record_changed: bool
 
@@ -92,10 +114,22 @@ class EvalReply:
 class _Download:
     """A payload with what it was made of; content: (part, flat values, weight, support), compared by identity."""
 
+    key: Key
     content: list[tuple[str, torch.Tensor, float, Mask | None]]
     mask: Mask | None
     known: Mask | None
     packet: Packet
+
+
+@dataclass(frozen=True)
+class _Done:
+    """One client's round. received: what the server makes of the payload; None where nobody here needs it."""
+
+    payload: bytes
+    received: Message | None
+    sent_mask: Mask | None
+    result: ClientResult
+    record: Record | None
 
 
 class Worker:
@@ -117,8 +151,8 @@ class Worker:
             kind=spec.trainer.engine,
         )
         self.origin, self.origin_buffers = self.engine.origin()
-        self.prunable = prunable(self.engine, spec)
-        self.codec = codec(self.engine, spec)
+        self.prunable = prunable_names(self.engine.module, spec.task.scope)
+        self.codec = codec_of(self.engine.module, spec)
         self._masks: dict[bytes, Mask] = {}
         self._last_download: _Download | None = None
 
@@ -129,23 +163,26 @@ class Worker:
     ) -> tuple[TrainReply, dict[int, Record]]:
         """Train these clients; returns the reply and the records that changed. A missing record is a first round."""
         server = replace(broadcast.server, mask=self.intern(broadcast.server.mask))
-        broadcast = replace(broadcast, server=server)
+        broadcast = replace(broadcast, server=server, download=self._interned(broadcast.download))
         results, changed, sums = [], {}, Sums()
         payload: bytes = b""
         sent_mask: Mask | None = None
         received: list[tuple[Message, str]] = []
+        # A payload can be decoded elsewhere if no more than the mask must be known for it.
+        single = len(clients) == 1 and not self.codec.refers
         for client in clients:
-            payload, sent_mask, result, record = self._one(broadcast, client, records.get(client))
-            results.append(result)
-            if record is not None:
-                changed[client] = record
-            if len(clients) > 1:
-                received.append((self.receive(payload, sent_mask), who(client, broadcast.round)))
+            done = self._one(broadcast, client, records.get(client), summed=not single)
+            payload, sent_mask = done.payload, done.sent_mask
+            results.append(done.result)
+            if done.record is not None:
+                changed[client] = done.record
+            if not single:
+                assert done.received is not None
+                received.append((done.received, who(client, broadcast.round)))
             if len(received) == SUMMED_AT_ONCE:
                 sums.add_all(received)
                 received = []
         sums.add_all(received)
-        single = len(clients) == 1
         own_mask = single and not same_mask(sent_mask, server.mask)
         reply = TrainReply(
             results=tuple(results),
@@ -156,9 +193,12 @@ class Worker:
         )
         return reply, changed
 
-    def receive(self, payload: bytes, sent_mask: Mask | None) -> Message:
-        """What the server makes of an upload; it knows the mask that it sent."""
-        return self.codec.decode(payload, direction="up", known=sent_mask)
+    def receive(self, payload: bytes, sent_mask: Mask | None, whose: str, reference: Trees = NOTHING) -> Message:
+        """What the server makes of an upload; it knows the mask and the parts that it sent. whose: for errors."""
+        try:
+            return self.codec.decode(payload, direction="up", known=sent_mask, reference=reference)
+        except WireError as error:
+            raise WireError(f"{whose}: {error}") from error
 
     def evaluate(self, server: Server, start: int, stop: int, batch_size: int, tag: str) -> EvalReply:
         """Score test rows start to stop in batches that do not depend on how rows were dealt to calls."""
@@ -181,11 +221,18 @@ class Worker:
             self._masks[mask.digest] = mask
         return self._masks[mask.digest]
 
+    def _interned(self, download: Download | None) -> Download | None:
+        if download is None:
+            return None
+        wanted = download.wanted
+        if wanted is not None:
+            parts = {name: replace(part, support=self.intern(part.support)) for name, part in wanted.parts.items()}
+            wanted = replace(wanted, parts=parts, mask=self.intern(wanted.mask))
+        return replace(download, wanted=wanted, before_mask=self.intern(download.before_mask))
+
     # -- one client ----------------------------------------------------------------------------------------------
 
-    def _one(
-        self, broadcast: Broadcast, client: int, record: Record | None
-    ) -> tuple[bytes, Mask | None, ClientResult, Record | None]:
+    def _one(self, broadcast: Broadcast, client: int, record: Record | None, *, summed: bool) -> _Done:
         spec, round = self.spec, broadcast.round
         key = spec.key.fold("round", round, "client", client)
         samples = self.population.train(client)
@@ -207,13 +254,10 @@ class Worker:
                 self._hook(name, "init_client", ctx, policy.init_client, ctx) for name, policy in spec.policies
             )
             record = Record(memories=memories, known=None)
-        message = Message()
-        for (name, policy), memory in zip(spec.policies, broadcast.memories, strict=True):
-            message = self._hook(name, "send", ctx, policy.send, broadcast.server, message, memory, ctx)
-        down = self._download(message, record.known, who(client, round))
-        message = self.codec.decode(down.payload, direction="down", known=record.known)
-        message = replace(message, mask=self.intern(message.mask))
+        whose = who(client, round)
+        message, down, wire_seconds = self._receive_download(broadcast, record, ctx, whose)
         sent_mask = message.mask
+        sent: Trees = {name: part.value for name, part in message.parts.items()} if self.codec.refers else NOTHING
 
         started = time.perf_counter()
         fit, after = self._train(message, samples, record, ctx)
@@ -221,14 +265,26 @@ class Worker:
         for at, (name, policy) in enumerate(spec.policies):
             fit, answer, after[at] = self._hook(name, "end", ctx, policy.end, fit, answer, after[at], ctx)
         seconds = time.perf_counter() - started
+        started = time.perf_counter()
         answer = replace(answer, mask=self.intern(answer.mask))
-        try:
-            up = self.codec.encode(answer, direction="up", known=sent_mask)
-        except FedrayError as error:
-            raise type(error)(f"{who(client, round)}: {error}") from error
+        wanted = self.codec.add_residuals(answer, record.residuals, "up")
+        up = self._encode(wanted, "up", sent_mask, key.fold("wire"), whose, reference=sent, warm=record.warm)
+        feeds_back = bool(self.codec.feeds_back("up"))
+        received = self.receive(up.payload, sent_mask, whose, sent) if summed or feeds_back else None
+        residuals = record.residuals
+        if feeds_back:
+            assert received is not None
+            residuals = self.codec.residuals(wanted, received, residuals, "up")
+        wire_seconds += time.perf_counter() - started
 
         last = answer.mask if answer.mask is not None else sent_mask
-        new = Record(memories=tuple(after), known=last)
+        new = Record(
+            memories=tuple(after),
+            known=last,
+            residuals=residuals,
+            warm={**record.warm, **up.warm} if up.warm else record.warm,
+            version=round if broadcast.download is not None and broadcast.download.change is not None else 0,
+        )
         changed = (fresh and not _empty(new)) or not new.same(record)
         result = ClientResult(
             client=client,
@@ -237,21 +293,61 @@ class Worker:
             num_seen=fit.num_seen,
             loss=fit.loss,
             seconds=seconds,
-            transfers=(
-                Transfer(round=round, client=client, direction="down", mask_coder=down.mask_coder, sizes=down.sizes),
-                Transfer(round=round, client=client, direction="up", mask_coder=up.mask_coder, sizes=up.sizes),
-            ),
+            wire_seconds=wire_seconds,
+            transfers=(down, Transfer(round=round, client=client, direction="up", sizes=up.sizes)),
             record_changed=changed,
         )
-        return up.payload, sent_mask, result, new if changed else None
+        return _Done(up.payload, received, sent_mask, result, new if changed else None)
 
-    def _download(self, message: Message, known: Mask | None, whose: str) -> Packet:
+    def _receive_download(
+        self, broadcast: Broadcast, record: Record, ctx: Context, whose: str
+    ) -> tuple[Message, Transfer, float]:
+        """The message as the client decodes it, what it cost, and the seconds of coding."""
+        assert ctx.client is not None
+        shared, round = broadcast.download, broadcast.round
+        message, payloads = Message(), 1
+        if shared is None:
+            for (name, policy), memory in zip(self.spec.policies, broadcast.memories, strict=True):
+                message = self._hook(name, "send", ctx, policy.send, broadcast.server, message, memory, ctx)
+        elif shared.wanted is not None:
+            message = shared.wanted
+        started = time.perf_counter()
+        if shared is None or shared.change is None or shared.whole is None:
+            packet = self._download(message, record.known, self.spec.download_key(round), whose)
+            message = self.codec.decode(packet.payload, direction="down", known=record.known)
+            sizes = packet.sizes
+        else:
+            missed = shared.sizes(record.version) if record.version else None
+            if missed is None:
+                sizes = shared.whole.sizes
+                message = self.codec.decode(shared.whole.payload, direction="down", known=None)
+            else:
+                # What it missed it would have decoded to what the server kept: only the last change is left to do.
+                sizes, payloads = missed
+                message = self.codec.decode(
+                    shared.change.payload, direction="down", known=shared.before_mask, reference=shared.before
+                )
+        message = replace(message, mask=self.intern(message.mask))
+        seconds = time.perf_counter() - started
+        transfer = Transfer(round=round, client=ctx.client.id, direction="down", sizes=sizes, payloads=payloads)
+        return message, transfer, seconds
+
+    def _encode(
+        self, message: Message, direction: Direction, known: Mask | None, key: Key, whose: str, **held: Trees
+    ) -> Packet:
+        try:
+            return self.codec.encode(message, direction=direction, known=known, key=key, **held)
+        except FedrayError as error:
+            raise type(error)(f"{whose}: {error}") from error
+
+    def _download(self, message: Message, known: Mask | None, key: Key, whose: str) -> Packet:
         """The payload for a client. Most clients of a round are sent the same values under the same known mask, and so
         the same bytes: those are made once, and read by each."""
         content = [(name, part.value.flat, part.weight, part.support) for name, part in message.parts.items()]
         last = self._last_download
         if (
             last is not None
+            and last.key == key
             and len(content) == len(last.content)
             and all(
                 a == c and b is d and e == f and g is h
@@ -261,11 +357,8 @@ class Worker:
             and same_mask(known, last.known)
         ):
             return last.packet
-        try:
-            packet = self.codec.encode(message, direction="down", known=known)
-        except FedrayError as error:
-            raise type(error)(f"{whose}: {error}") from error
-        self._last_download = _Download(content, message.mask, known, packet)
+        packet = self._encode(message, "down", known, key, whose)
+        self._last_download = _Download(key, content, message.mask, known, packet)
         return packet
 
     def _train(self, message: Message, samples: Any, record: Record, ctx: Context) -> tuple[Fit, list[Any]]:
@@ -303,7 +396,8 @@ def _probe(
 
 def _empty(record: Record) -> bool:
     """Whether a record holds nothing that `init_client` would not give again."""
-    return record.known is None and all(memory is None for memory in record.memories)
+    wire_is_new = record.known is None and not record.residuals and not record.warm and not record.version
+    return wire_is_new and all(memory is None for memory in record.memories)
 
 
 def peak_gpu_bytes(spec: RunSpec, population: Population) -> int:
@@ -337,16 +431,11 @@ def who(client: int, round: int) -> str:
     return f"client {client} in round {round}"
 
 
-def prunable(engine: Engine, spec: RunSpec) -> tuple[str, ...]:
-    """Names of the tensors that a pruner may cut."""
-    from fedray.models.task import prunable_names
-
-    return prunable_names(engine.module, spec.task.scope)
-
-
-def codec(engine: Engine, spec: RunSpec) -> Codec:
-    """The wire of a run: the parts of all its policies, inner to outer."""
+def codec_of(module: nn.Module, spec: RunSpec) -> Codec:
+    """The wire of a run: the parts of all its policies, inner to outer. Raises ConfigError where it cannot work."""
+    params, buffers = layouts(module)
     parts: dict[str, Any] = {}
     for _, policy in spec.policies:
-        parts.update(policy.parts(engine.params_layout, engine.buffers_layout))
-    return Codec(parts, engine.params_layout, prunable(engine, spec), down=spec.down, up=spec.up)
+        parts.update(policy.parts(params, buffers))
+    cuts = any(policy.cuts == "weights" for _, policy in spec.policies)
+    return Codec(parts, params, prunable_names(module, spec.task.scope), spec.wire, unstructured=cuts)

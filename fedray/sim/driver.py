@@ -16,7 +16,7 @@ import numpy as np
 
 from fedray import costs
 from fedray.errors import FedrayError, RunError
-from fedray.round import Context, Server
+from fedray.round import Context, Message, Server
 from fedray.sim.checkpoint import State
 from fedray.sim.client import Broadcast, ClientResult, EvalReply, TrainReply, Worker, same_mask, who
 from fedray.sim.population import Population
@@ -24,7 +24,7 @@ from fedray.sim.runtime import EvalWork, Runtime
 from fedray.sim.spec import RunSpec
 from fedray.sums import Sums
 from fedray.tree import Mask
-from fedray.wire import Ledger
+from fedray.wire import Downlink, Download, Ledger, advance
 
 CHUNK_BATCHES = 4  # evaluation batches per call: small enough to fill gaps at the end of a round
 
@@ -47,8 +47,8 @@ class RoundRecord:
 class _Open:
     """A round that is settled and not yet recorded.
 
-    memories, snapshot: of server and clients at its end, if it ends with a checkpoint. times: its `time/*` metrics.
-    scores: as they come in, by tag.
+    memories, downlink, snapshot: of server and clients at its end, if it ends with a checkpoint.
+    times: its `time/*` metrics. scores: as they come in, by tag.
     """
 
     round: int
@@ -58,6 +58,7 @@ class _Open:
     before: Server | None
     wanted: bool
     memories: tuple[Any, ...]
+    downlink: Downlink
     snapshot: Any
     times: dict[str, float] = field(default_factory=dict)
     scores: dict[str, dict[int, Mapping[str, np.ndarray]]] = field(default_factory=dict)
@@ -78,8 +79,10 @@ class Driver:
         self.runtime = runtime
         self.worker = worker
         self.ledger = Ledger()
+        self.downlink = Downlink()
         self.flops = self._dense_flops()
-        self.train_flops = 0.0
+        self.activation_bytes = self._activation_bytes()
+        self.train_flops = self.simulated_s = self.simulated_j = 0.0
         self.first_round = 1
         self.elapsed_s = 0.0
         if state is None:
@@ -88,7 +91,9 @@ class Driver:
         self.server = replace(state.server, mask=worker.intern(state.server.mask))
         self.memories = state.memories
         self.ledger.total = dict(state.totals)
+        self.downlink = state.downlink
         self.train_flops = state.train_flops
+        self.simulated_s, self.simulated_j = state.simulated_s, state.simulated_j
         self.first_round = state.round + 1
         self.elapsed_s = state.elapsed_s
         runtime.restore(state.records, state.round)
@@ -107,7 +112,10 @@ class Driver:
         for round in range(self.first_round, self.spec.rounds + 1):
             started = time.perf_counter()
             cohort = self.spec.sample_cohort(round)
-            handle = self.runtime.put(Broadcast(round=round, server=self.server, memories=self.memories, cohort=cohort))
+            download = self._download(round, cohort)
+            handle = self.runtime.put(
+                Broadcast(round=round, server=self.server, memories=self.memories, cohort=cohort, download=download)
+            )
             evaluations = [] if waiting is None else self._evaluations(waiting)
             replies = self.runtime.start(handle, self._costs(cohort), evaluations)
             for done in finished:
@@ -164,7 +172,8 @@ class Driver:
             if reply.payload is not None:
                 # The server knows the mask that it sent: the upload of an unchanged one names it in a byte.
                 sent = self.worker.intern(reply.sent_mask if reply.own_mask else self.server.mask)
-                sums.add(self.worker.receive(reply.payload, sent), who=who(reply.results[0].client, round))
+                whose = who(reply.results[0].client, round)
+                sums.add(self.worker.receive(reply.payload, sent, whose), who=whose)
             if reply.sums is not None:
                 sums.merge(reply.sums)
             results.extend(reply.results)
@@ -198,8 +207,25 @@ class Driver:
             before if wanted else None,
             wanted,
             memories=self.memories if saved else (),
+            downlink=self.downlink,
             snapshot=self.runtime.snapshot() if saved else None,
         )
+
+    def _download(self, round: int, cohort: tuple[int, ...]) -> Download | None:
+        """What clients are sent this round, where it depends on what they were sent before; None where it does not:
+        then it is made where the client lives."""
+        codec = self.worker.codec
+        if not (codec.followed or codec.feeds_back("down")):
+            return None
+        ctx, message = self._context(round, cohort), Message()
+        try:
+            for (_, policy), memory in zip(self.spec.policies, self.memories, strict=True):
+                message = policy.send(self.server, message, memory, ctx)
+            key = self.spec.download_key(round)
+            download, self.downlink = advance(codec, message, self.downlink, round=round, key=key)
+        except FedrayError as error:
+            raise type(error)(f"the download of round {round}: {error}") from error
+        return download
 
     def _init(self) -> tuple[Server, tuple[Any, ...]]:
         server = Server(params=self.worker.origin, buffers=self.worker.origin_buffers)
@@ -251,18 +277,7 @@ class Driver:
         return sorted(int(client) for client in picked)
 
     def _record(self, waiting: _Open) -> RoundRecord:
-        row = self._row(waiting)
-        clients = {
-            result.client: {
-                "round": row["round"],
-                "client": result.client,
-                "num_examples": result.num_examples,
-                "num_steps": result.num_steps,
-                "train/loss": result.loss,
-                "time/train_s": result.seconds,
-            }
-            for result in waiting.results
-        }
+        row, clients = self._row(waiting)
         accuracies: list[float] | None = None
         if waiting.wanted:
             scores = _joined(waiting.scores["after"])
@@ -294,6 +309,7 @@ class Driver:
     def _saver(self, done: _Open) -> Callable[[], State]:
         """The state at the end of a round; records are loaded only when it is asked for."""
         totals, train_flops = dict(self.ledger.total), self.train_flops
+        simulated_s, simulated_j = self.simulated_s, self.simulated_j
 
         def state() -> State:
             return State(
@@ -305,14 +321,18 @@ class Driver:
                 totals=totals,
                 train_flops=train_flops,
                 elapsed_s=done.times["time/total_s"],
+                simulated_s=simulated_s,
+                simulated_j=simulated_j,
+                downlink=done.downlink,
             )
 
         return state
 
     # -- metrics -------------------------------------------------------------------------------------------------
 
-    def _row(self, done: _Open) -> dict[str, Any]:
-        """The metrics that need no evaluation. Called once a round, in order: the totals go on."""
+    def _row(self, done: _Open) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+        """The metrics that need no evaluation, of the round and by client. Called once a round, in order: the totals
+        go on."""
         results, old_mask, mask, prunable = done.results, done.old_mask, done.server.mask, self.worker.prunable
         trained = [result for result in results if result.num_steps]
         weights = sum(result.num_examples for result in trained)
@@ -328,11 +348,79 @@ class Driver:
         per_sample = costs.TRAIN_FACTOR * costs.masked_flops(self.flops, old_mask)
         self.train_flops += per_sample * sum(result.num_seen for result in results)
         row["model/train_flops"] = self.train_flops
+        row |= self._memory(mask)
         row |= self.ledger.enter(transfer for result in results for transfer in result.transfers)
         row["time/train_s"] = sum(result.seconds for result in results)
+        row["time/wire_s"] = sum(result.wire_seconds for result in results)
         row |= done.times
         row["digest"] = digest(done.server)
-        return row
+        clients = {
+            result.client: {
+                "round": done.round,
+                "client": result.client,
+                "num_examples": result.num_examples,
+                "num_steps": result.num_steps,
+                "train/loss": result.loss,
+                "train_flops": per_sample * result.num_seen,
+                "time/train_s": result.seconds,
+                "time/wire_s": result.wire_seconds,
+            }
+            for result in results
+        }
+        return row | self._simulated(results, clients), clients
+
+    def _simulated(self, results: list[ClientResult], clients: dict[int, dict[str, Any]]) -> dict[str, float]:
+        """Time and energy on the clients' imagined hardware and links; nothing where the run names neither."""
+        spec = self.spec
+        if spec.hardware is None and spec.link is None:
+            return {}
+        simulated = []
+        for result in results:
+            sent = {transfer.direction: transfer.total_bytes for transfer in result.transfers}
+            row = clients[result.client]
+            one = costs.simulate(
+                spec.hardware,
+                spec.link,
+                key=spec.key,
+                client=result.client,
+                train_flops=row["train_flops"],
+                down_bytes=sent["down"],
+                up_bytes=sent["up"],
+            )
+            simulated.append(one)
+            row |= {"time/simulated_s": one.seconds, "energy/simulated_j": one.joules}
+        seconds, joules = costs.round_seconds(simulated), sum(one.joules for one in simulated)
+        self.simulated_s += seconds
+        self.simulated_j += joules
+        return {
+            "time/simulated_s": seconds,
+            "time/total_simulated_s": self.simulated_s,
+            "energy/simulated_j": joules,
+            "energy/total_simulated_j": self.simulated_j,
+        }
+
+    def _memory(self, mask: Mask | None) -> dict[str, int]:
+        """What one training step of a client holds, by the convention of `costs.client_memory`."""
+        optim = self.spec.trainer.optim
+        states = (1 if optim.momentum else 0) if optim.name == "sgd" else 2
+        memory = costs.client_memory(
+            self.worker.engine.module, activations=self.activation_bytes, optimizer_states=states, mask=mask
+        )
+        return {
+            "model/weight_bytes": memory.weight_bytes,
+            "model/activation_bytes": memory.activation_bytes,
+            "model/peak_bytes": memory.peak_bytes,
+        }
+
+    def _activation_bytes(self) -> int:
+        import torch
+
+        largest = int(np.diff(self.population.starts).max())
+        batch = torch.zeros(min(self.spec.trainer.batch_size, largest), *self.population.sample_shape)
+        targets = torch.zeros(len(batch), dtype=torch.int64)
+        return costs.activation_bytes(
+            self.worker.engine.module, batch, loss=lambda outputs: self.spec.task.loss(outputs, targets)
+        )
 
     def _dense_flops(self) -> dict[str, int]:
         import torch

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from fedray.costs import Device, Link
 from fedray.keys import Key
 from fedray.models import Task
 from fedray.round import Optim, Policy, RunFacts
 from fedray.train import LearningRate
 from fedray.train.engine import EngineKind
-from fedray.wire import Stage
+from fedray.wire import Wire
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,8 @@ class RunSpec:
     """One run.
 
     checkpoint_every: rounds between checkpoints; 0 for none.
-    policies: (name, policy), inner to outer. down, up: how values are written in each direction.
+    policies: (name, policy), inner to outer. wire: how messages are written.
+    device: where training runs. hardware, link: what clients are imagined to have, for simulated time and energy.
     config: the whole resolved configuration, nested, for records; nothing is read from it.
     """
 
@@ -61,17 +63,22 @@ class RunSpec:
     cohort: int
     task: Task
     policies: tuple[tuple[str, Policy[Any, Any]], ...]
-    down: Stage
-    up: Stage
+    wire: Wire
     trainer: TrainerSpec
     evaluation: EvalSpec
     checkpoint_every: int = 0
     device: str = "cpu"
+    hardware: Device | None = None
+    link: Link | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def key(self) -> Key:
         return Key.of(self.seed)
+
+    def download_key(self, round: int) -> Key:
+        """What the downloads of a round draw from; one for all clients, so that equal messages are equal bytes."""
+        return self.key.fold("round", round, "wire")
 
     def facts(self) -> RunFacts:
         """What policies may look at when they refuse bad company."""

@@ -15,8 +15,11 @@ WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 
 def model_specs(params: Layout, buffers: Layout) -> dict[str, PartSpec]:
     """`params` down, and `buffers` both ways if the model has any (batch-norm statistics)."""
-    specs = {"params": PartSpec(layout=params, direction="down")}
-    return specs | {"buffers": PartSpec(layout=buffers, direction="both")} if buffers.size else specs
+    specs = {"params": PartSpec(layout=params, direction="down", absolute=True)}
+    if not buffers.size:
+        return specs
+    # A running variance that a code turns negative or zero breaks the layer for good, and buffers are small.
+    return specs | {"buffers": PartSpec(layout=buffers, direction="both", lossy=False, absolute=True)}
 
 
 def send_model(server: Server, message: Message) -> Message:

@@ -1,111 +1,180 @@
-"""Masks to bytes: a bitmap, gaps between kept positions, or the seed that drew them; the cheapest is taken.
+"""Masks to bytes, in the cheapest of several ways; only prunable coordinates are coded, the others are kept.
 
-Only prunable coordinates are coded; the others are kept by definition. Sizes for n prunable coordinates:
-bitmap ceil(n/8); seed 16 + 4 bytes a prunable tensor; gaps about the entropy plus a few per cent where few are kept.
+Bytes for n prunable coordinates in m prunable tensors of shapes (d0, d1, ...):
+
+    none, known           0; the code alone says that nothing is masked or that the receiver has the mask
+    bitmap ... ans        as in `bits`, of the kept coordinates
+    seed                  16 + 4 m, the key and the counts that drew a random mask
+    difference            4 + two sets of positions: the dropped among those that the last mask kept, and the grown
+                          among the others; of a density d of which a share a changed, about
+                          (d n H2(a) + (1 - d) n H2(a d / (1 - d))) / 8
+    structured            ceil(sum(d0 + d1) / 8), d0 alone for one dimension: where each tensor keeps all of the
+                          outer product of some indices of dimension 0 and some of dimension 1
+    tensors               4 (m - 1) + one set of positions a tensor, where the densities of tensors differ
+
+A set of positions is one byte for its way and the way's body; all sets but the last have their length in front.
 """
 
 from __future__ import annotations
 
+import math
 import struct
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
-import zstandard
 
-from fedray.errors import WireError
 from fedray.keys import Key
 from fedray.prune.select import random_mask
 from fedray.tree import Layout, Mask
+from fedray.wire import bits
+from fedray.wire.values import Entropy, expect
 
-NONE, KNOWN, BITMAP, GAPS, SEED = range(5)
+CODER_NAMES = ("none", "known", *bits.WAYS, "seed", "difference", "structured", "tensors")
 """What the mask's one-byte code says: nothing is masked, the receiver knows it, or how it is written."""
-CODER_NAMES = ("none", "known", "bitmap", "gaps", "seed")
-ESCAPE = 255  # a gap of 255 or more is written as 255s and a rest below 255
-
-
-def encode_bitmap(kept: np.ndarray) -> bytes:
-    """bool (n,) to ceil(n/8) bytes."""
-    return np.packbits(kept).tobytes()
-
-
-def decode_bitmap(data: bytes, size: int) -> np.ndarray:
-    if len(data) != (size + 7) // 8:
-        raise WireError(f"a bitmap of {len(data)} bytes cannot hold {size} coordinates")
-    return np.unpackbits(np.frombuffer(data, np.uint8), count=size).view(np.bool_)
-
-
-def encode_gaps(kept: np.ndarray) -> bytes:
-    """bool (n,) to gaps between the rarer kind, one byte each, compressed; the first byte says which kind."""
-    rarer = bool(2 * np.count_nonzero(kept) <= kept.size)
-    positions = np.flatnonzero(kept == rarer)
-    gaps = np.diff(positions, prepend=-1) - 1
-    written = np.full(int((gaps // ESCAPE + 1).sum()), ESCAPE, np.uint8)
-    if len(gaps):
-        written[np.cumsum(gaps // ESCAPE + 1) - 1] = gaps % ESCAPE
-    return bytes([rarer]) + zstandard.ZstdCompressor(level=9, write_content_size=True).compress(written.tobytes())
-
-
-def decode_gaps(data: bytes, size: int) -> np.ndarray:
-    try:
-        # Each position costs one byte and each escape stands for 255 coordinates: never more than this.
-        limit = size + size // ESCAPE + 1
-        if zstandard.frame_content_size(data[1:]) > limit:
-            raise WireError(f"gaps for {size} coordinates declare more than {limit} bytes")
-        raw = zstandard.ZstdDecompressor().decompress(data[1:], max_output_size=limit)
-    except zstandard.ZstdError as error:
-        raise WireError(f"the gaps of a mask cannot be decompressed: {error}") from error
-    written = np.frombuffer(raw, np.uint8)
-    ends = np.flatnonzero(written != ESCAPE)
-    positions = np.cumsum(written, dtype=np.int64)[ends] + np.arange(len(ends))
-    if len(positions) and positions[-1] >= size:
-        raise WireError(f"the gaps of a mask reach position {positions[-1]} of {size}")
-    rarer = bool(data[0])
-    kept = np.full(size, not rarer)
-    kept[positions] = rarer
-    return kept
+NONE, KNOWN, BITMAP, LIST, RICE, GAPS, ANS, SEED, DIFFERENCE, STRUCTURED, TENSORS = range(len(CODER_NAMES))
+REMEMBERED = 64  # encodings: a global mask goes to many clients, who hold few different ones
+SET_BYTES = 8  # what a set of positions costs beside its entropy: its length, its way and the head of its body
 
 
 class MaskCoder:
-    """Codes masks of one layout of which only `prunable` names may be cut."""
+    """Codes masks of one layout of which only `prunable` names may be cut.
 
-    def __init__(self, layout: Layout, prunable: tuple[str, ...]) -> None:
+    entropy: which ways of `bits` are admitted. Raises ConfigError for ans without its package.
+    """
+
+    def __init__(self, layout: Layout, prunable: tuple[str, ...], entropy: Entropy = "zstd") -> None:
+        bits.check_entropy(entropy)
         self.layout = layout
         self.prunable = prunable
-        self.size = sum(layout.spans[name].stop - layout.spans[name].start for name in prunable)
+        self.entropy = entropy
+        self.shapes = [layout.shape(name) for name in prunable]
+        ends = list(accumulate((math.prod(shape) for shape in self.shapes), initial=0))
+        self.spans = [slice(*span) for span in pairwise(ends)]  # among the prunable coordinates, one after another
+        self.size = ends[-1]
+        self._coded: dict[object, tuple[int, bytes]] = {}
 
     def encode(self, mask: Mask, known: Mask | None) -> tuple[int, bytes]:
-        """The code and the bytes of the cheapest way; no bytes where the receiver knows the mask."""
+        """The code and the bytes of the cheapest way, ties to the lower code; known: the mask that the receiver has.
+
+        Ways whose entropy is above another's size are not tried. Raises ValueError for a mask that cuts what is not
+        prunable.
+        """
         if known is not None and (mask is known or mask.digest == known.digest):
             return KNOWN, b""
+        asked = (mask.digest, mask.seed, None if known is None else known.digest)
+        if asked not in self._coded:
+            coded = self._cheapest(mask, known)
+            if len(self._coded) >= REMEMBERED:
+                del self._coded[next(iter(self._coded))]
+            self._coded[asked] = coded
+        return self._coded[asked]
+
+    def decode(self, code: int, data: bytes, known: Mask | None) -> Mask | None:
+        """The mask that was encoded; known: the receiver's. Raises WireError for anything that cannot be."""
+        expect(code < len(CODER_NAMES), f"a payload names mask coder {code}; there are {len(CODER_NAMES)}")
+        expect(
+            known is not None or code not in (KNOWN, DIFFERENCE),
+            "a payload refers to a mask that the receiver does not know",
+        )
+        if code in (NONE, KNOWN):
+            expect(not data, f"a mask coded as {CODER_NAMES[code]} has {len(data)} bytes; none were expected")
+            return known if code == KNOWN else None
+        if code == SEED:
+            return self._decode_seed(data)
+        if code == STRUCTURED:
+            return self._scatter(self._decode_structured(data))
+        if code == DIFFERENCE and known is not None:
+            return self._scatter(self._decode_difference(data, self._gather(known)))
+        kept = np.zeros(self.size, np.bool_)
+        if code == TENSORS:
+            sizes = [span.stop - span.start for span in self.spans]
+            for span, positions in zip(self.spans, _decode_sets(data, sizes), strict=True):
+                kept[span][positions] = True
+        else:
+            kept[bits.decode_as(CODER_NAMES[code], data, self.size)] = True
+        return self._scatter(kept)
+
+    def _cheapest(self, mask: Mask, known: Mask | None) -> tuple[int, bytes]:
         kept = self._gather(mask)
-        ways = [(BITMAP, encode_bitmap(kept)), (GAPS, encode_gaps(kept))]
+        ways: list[tuple[int, bytes]] = []
         if mask.seed is not None and mask.seed[2] == self.prunable:
             key, counts, _ = mask.seed
             ways.append((SEED, key + struct.pack(f"<{len(counts)}I", *counts)))
+        structured = self._encode_structured(kept)
+        if structured is not None:
+            ways.append((STRUCTURED, structured))
+
+        def worth(least: float) -> bool:
+            return all(least <= len(data) for _, data in ways)
+
+        if known is not None:
+            held = self._gather(known)
+            sets = [(np.flatnonzero(~kept[held]), int(held.sum())), (np.flatnonzero(kept[~held]), int((~held).sum()))]
+            if worth(_entropy_of(sets)):
+                ways.append((DIFFERENCE, self._encode_sets(sets)))
+        positions = np.flatnonzero(kept)
+        whole = bits.entropy_bytes(len(positions), self.size)
+        if worth(whole):
+            data = bits.encode_positions(positions, self.size, entropy=self.entropy)
+            ways.append((BITMAP + data[0], data[1:]))
+        sets = [(np.flatnonzero(kept[span]), span.stop - span.start) for span in self.spans]
+        apart = _entropy_of(sets) + SET_BYTES * len(sets)
+        if apart < whole and worth(apart):  # or else the tensors are about equally dense
+            ways.append((TENSORS, self._encode_sets(sets)))
         return min(ways, key=lambda way: (len(way[1]), way[0]))
 
-    def decode(self, code: int, data: bytes, known: Mask | None) -> Mask | None:
-        if code == NONE:
-            return None
-        if code == KNOWN:
-            if known is None:
-                raise WireError("a payload refers to a mask that the receiver does not know")
-            return known
-        if code == SEED:
-            width = struct.calcsize(f"<{len(self.prunable)}I")
-            if len(data) != 16 + width:
-                raise WireError(f"the seed of a mask has {len(data)} bytes; {16 + width} were expected")
-            counts = dict(zip(self.prunable, struct.unpack(f"<{len(self.prunable)}I", data[16:]), strict=True))
-            for name, count in counts.items():
-                span = self.layout.spans[name]
-                if count > span.stop - span.start:
-                    raise WireError(f"the seed of a mask keeps {count} of {span.stop - span.start} weights of {name!r}")
-            return random_mask(self.layout, self.prunable, counts, Key(data[:16]))
-        if code == BITMAP:
-            return self._scatter(decode_bitmap(data, self.size))
-        if code == GAPS:
-            return self._scatter(decode_gaps(data, self.size))
-        raise WireError(f"a payload names mask coder {code}; there are {len(CODER_NAMES)}")
+    def _encode_sets(self, sets: Sequence[tuple[np.ndarray, int]]) -> bytes:
+        """Pairs of positions and size to bytes."""
+        coded = [bits.encode_positions(positions, size, entropy=self.entropy) for positions, size in sets]
+        lengths = [struct.pack("<I", len(data)) for data in coded[:-1]]
+        return b"".join([*lengths, *coded])
+
+    def _decode_difference(self, data: bytes, held: np.ndarray) -> np.ndarray:
+        """bool (n,) from the change against held, bool (n,)."""
+        before, others = np.flatnonzero(held), np.flatnonzero(~held)
+        dropped, grown = _decode_sets(data, [len(before), len(others)])
+        kept = held.copy()
+        kept[before[dropped]] = False
+        kept[others[grown]] = True
+        return kept
+
+    def _encode_structured(self, kept: np.ndarray) -> bytes | None:
+        """bool (n,) to rows and columns of each tensor; None where they do not say all."""
+        written = [np.empty(0, np.bool_)]
+        for span, shape in zip(self.spans, self.shapes, strict=True):
+            block = kept[span].reshape(_three(shape))
+            rows, columns = (np.asarray(block.any(axis=axes)) for axes in ((1, 2), (0, 2)))
+            if np.count_nonzero(block) != np.count_nonzero(rows) * np.count_nonzero(columns) * block.shape[2]:
+                return None
+            written += [rows, columns] if len(shape) > 1 else [rows]
+        return np.packbits(np.concatenate(written)).tobytes()
+
+    def _decode_structured(self, data: bytes) -> np.ndarray:
+        """What _encode_structured made to bool (n,)."""
+        num_bits = sum(_three(shape)[0] + (shape[1] if len(shape) > 1 else 0) for shape in self.shapes)
+        written = bits.unpack_bits(data, num_bits, "a structured mask")
+        kept, at = np.empty(self.size, np.bool_), 0
+        for span, shape in zip(self.spans, self.shapes, strict=True):
+            rows, columns, _ = _three(shape)
+            block = kept[span].reshape(_three(shape))
+            block[:] = written[at : at + rows, None, None]
+            at += rows
+            if len(shape) > 1:
+                block &= written[at : at + columns, None]
+                at += columns
+        return kept
+
+    def _decode_seed(self, data: bytes) -> Mask:
+        form = f"<{len(self.prunable)}I"
+        expected = 16 + struct.calcsize(form)
+        expect(len(data) == expected, f"the seed of a mask has {len(data)} bytes; {expected} were expected")
+        counts = dict(zip(self.prunable, struct.unpack(form, data[16:]), strict=True))
+        for (name, count), span in zip(counts.items(), self.spans, strict=True):
+            size = span.stop - span.start
+            expect(count <= size, f"the seed of a mask keeps {count} of {size} weights of {name!r}")
+        return random_mask(self.layout, self.prunable, counts, Key(bytes(data[:16])))
 
     def _gather(self, mask: Mask) -> np.ndarray:
         flat = mask.flat.numpy()
@@ -115,9 +184,26 @@ class MaskCoder:
         return np.concatenate([flat[self.layout.spans[name]] for name in self.prunable] or [np.empty(0, np.bool_)])
 
     def _scatter(self, kept: np.ndarray) -> Mask:
-        flat, start = np.ones(self.layout.size, np.bool_), 0
-        for name in self.prunable:
-            span = self.layout.spans[name]
-            flat[span] = kept[start : start + span.stop - span.start]
-            start += span.stop - span.start
+        flat = np.ones(self.layout.size, np.bool_)
+        for name, span in zip(self.prunable, self.spans, strict=True):
+            flat[self.layout.spans[name]] = kept[span]
         return Mask(self.layout, torch.from_numpy(flat))
+
+
+def _decode_sets(data: bytes, sizes: Sequence[int]) -> list[np.ndarray]:
+    """Positions of one set for each size. Raises WireError."""
+    at = 4 * (len(sizes) - 1)
+    expect(0 <= at <= len(data), f"{len(sizes)} sets of positions cannot be in {len(data)} bytes")
+    bounds = [*accumulate(struct.unpack_from(f"<{len(sizes) - 1}I", data), initial=at), len(data)]
+    view = memoryview(data)  # of which nothing is left for the sets behind a length that is too large
+    return [bits.decode_positions(view[slice(*span)], size) for span, size in zip(pairwise(bounds), sizes, strict=True)]
+
+
+def _entropy_of(sets: Sequence[tuple[np.ndarray, int]]) -> float:
+    return sum(bits.entropy_bytes(len(positions), size) for positions, size in sets)
+
+
+def _three(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Rows, columns and what lies behind them; columns are 1 where there are none."""
+    rows, columns = (*shape, 1, 1)[:2]
+    return rows, columns, math.prod(shape[2:])

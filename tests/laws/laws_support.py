@@ -23,7 +23,29 @@ from fedray.strategies import FedAvg, FedSGD
 from fedray.sums import Sums
 from fedray.train import LearningRate
 from fedray.tree import Mask, Tree
-from fedray.wire import Float32
+from fedray.wire import Delta, Float16, ScaledSign, TopK, Uniform, Way, Wire
+
+# -- wires -----------------------------------------------------------------------------------------------------------
+
+
+def way(*stages, **options):
+    """One direction: these stages in order, for every part that admits loss."""
+    return Way(chain={str(at): stage for at, stage in enumerate(stages)}, **options)
+
+
+HALF = way(Float16())
+WIRES = {
+    "float32": Wire(),
+    "float16": Wire(down=HALF, up=HALF),
+    "int8": Wire(down=way(Uniform(bits=8, level="channel")), up=way(Uniform(bits=8), feedback=True)),
+    "int8 with feedback on both sides": Wire(
+        down=way(Uniform(bits=8), feedback=True), up=way(Uniform(bits=8, rounding="stochastic"), feedback=True)
+    ),
+    "stc": Wire(
+        down=way(Delta(), TopK(fraction=0.2), ScaledSign(), feedback=True),
+        up=way(TopK(fraction=0.2), ScaledSign(), feedback=True),
+    ),
+}
 
 # -- federations -----------------------------------------------------------------------------------------------------
 
@@ -31,6 +53,7 @@ CLASSES = 3
 SIZES = (9, 4, 7, 1, 12, 5)  # one client has one sample, two have less than a batch
 MODELS = {
     "mlp": ((6,), partial(MLP, hidden=(8,))),
+    "linear": ((6,), partial(MLP, hidden=())),
     "lenet": ((1, 16, 16), LeNet),
     "mcmahan_cnn": ((1, 4, 4), McMahanCNN),
     "batchnorm_cnn": ((2, 4, 4), partial(BatchNormCNN, width=4)),
@@ -86,8 +109,7 @@ def spec(*policies, model="mlp", lr=0.1, batch_size=4, epochs=1, steps=None, eng
         "cohort": 4,
         "task": task(model),
         "policies": named,
-        "down": Float32(),
-        "up": Float32(),
+        "wire": Wire(),
         "trainer": TrainerSpec(
             learning_rate=learning_rate,
             batch_size=batch_size,
@@ -190,8 +212,8 @@ class Watching(Worker):
 
     seen: list
 
-    def receive(self, payload, sent_mask):
-        message = super().receive(payload, sent_mask)
+    def receive(self, payload, sent_mask, *more):
+        message = super().receive(payload, sent_mask, *more)
         self.seen.append((message, sent_mask))
         return message
 

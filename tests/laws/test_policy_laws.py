@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from laws_support import (
+    HALF,
     MODELS,
     MOMENTUM,
     ONIONS,
     PRUNERS,
     SIZES,
     STRATEGIES,
+    WIRES,
     Packed,
     distance,
     fingerprint,
@@ -26,6 +28,7 @@ from laws_support import (
     spec,
 )
 
+from fedray import wire
 from fedray.config import Config, ScopeConfig, TrainerConfig, assemble, conf_folder, register
 from fedray.corrections import FedProx
 from fedray.keys import Key
@@ -34,7 +37,7 @@ from fedray.round import Optim, Policy
 from fedray.sim.client import Worker
 from fedray.sim.spec import EvalSpec
 from fedray.strategies import FedAvg, FedSGD
-from fedray.wire import Codec, Float16
+from fedray.wire import Codec, Way, Wire
 
 EVERYONE = len(SIZES)
 
@@ -276,10 +279,14 @@ PACKINGS = (
 
 def assert_packing_is_invisible(given, population_):
     whole = run(given, population_)
+    kept = fingerprint(sorted(whole.driver.runtime.records.items()))
     for packing in PACKINGS:
         packed = run(given, population_, Packed(given, population_, **packing))
         assert packed.digests == whole.digests, packing
         assert packed.bytes == whole.bytes
+        # What clients keep, residuals of their uploads included, and what the server keeps for its downloads.
+        assert fingerprint(sorted(packed.driver.runtime.records.items())) == kept
+        assert fingerprint(packed.driver.downlink) == fingerprint(whole.driver.downlink)
         for a, b in zip(packed.records, whole.records, strict=True):
             timeless = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in (a.row, b.row)]
             assert repr(timeless[0]) == repr(timeless[1])
@@ -294,12 +301,11 @@ def test_no_order_and_no_packing_changes_a_bit(onion):
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("wire", ["float32", "float16"])
+@pytest.mark.parametrize("kind", WIRES)
 @pytest.mark.parametrize("pruner", [NoPruning(), PRUNERS[-3], PRUNERS[-5]], ids=label)
-def test_no_order_and_no_packing_changes_a_bit_on_any_model_and_wire(pruner, wire, model):
-    stages = {} if wire == "float32" else {"down": Float16(), "up": Float16()}
+def test_no_order_and_no_packing_changes_a_bit_on_any_model_and_wire(pruner, kind, model):
     evaluation = EvalSpec(every=2, clients="all", batch_size=6)
-    given = spec(pruner, FedAvg(), model=model, rounds=3, evaluation=evaluation, **stages)
+    given = spec(pruner, FedAvg(), model=model, rounds=3, evaluation=evaluation, wire=WIRES[kind])
     assert_packing_is_invisible(given, population(model))
 
 
@@ -312,20 +318,19 @@ def test_a_run_repeats_itself_bit_for_bit():
 # -- the ledger ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wire", ["float32", "float16"])
+@pytest.mark.parametrize("kind", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("pruner", PRUNERS, ids=label)
-def test_bytes_in_the_rows_are_those_of_an_independent_count(pruner, wire, monkeypatch):
+def test_bytes_in_the_rows_are_those_of_an_independent_count(pruner, kind, monkeypatch):
     # Counted where they arrive: equal downloads are made once, but each client reads its own.
     crossed = {"down": [], "up": []}
     original = Codec.decode
 
-    def decode(self, payload, *, direction, known):
+    def decode(self, payload, *, direction, **known):
         crossed[direction].append(len(payload))
-        return original(self, payload, direction=direction, known=known)
+        return original(self, payload, direction=direction, **known)
 
     monkeypatch.setattr(Codec, "decode", decode)
-    stages = {} if wire == "float32" else {"down": Float16(), "up": Float16()}
-    ran = run(spec(pruner, FedAvg(), model="batchnorm_cnn", **stages), population("batchnorm_cnn"))
+    ran = run(spec(pruner, FedAvg(), model="batchnorm_cnn", wire=WIRES[kind]), population("batchnorm_cnn"))
     for direction, sizes in crossed.items():
         assert len(sizes) == 4 * 4
         per_round = [sum(sizes[at : at + 4]) for at in range(0, 16, 4)]
@@ -359,13 +364,13 @@ def test_bytes_fall_with_sparsity_both_ways(kind):
 
 
 def test_half_precision_halves_the_values_and_clients_train_on_what_they_decoded():
-    rows = [run(spec(), population()).rows[-1], run(spec(down=Float16(), up=Float16()), population()).rows[-1]]
+    rows = [run(spec(), population()).rows[-1], run(spec(wire=WIRES["float16"]), population()).rows[-1]]
     halves = 4 * 2 * rows[0]["wire/up_params"]  # rounds, bytes saved a value, values a round
     assert rows[0]["wire/total_up_bytes"] - rows[1]["wire/total_up_bytes"] == halves
     assert rows[0]["wire/up_params"] == rows[1]["wire/up_params"]
-    down = run(spec(down=Float16(), rounds=1), population())
+    down = run(spec(wire=Wire(down=HALF), rounds=1), population())
     assert down.digests != run(spec(rounds=1), population()).digests
-    up = run(spec(up=Float16(), rounds=1), population())
+    up = run(spec(wire=Wire(up=HALF), rounds=1), population())
     for message, _ in up.uploads[0]:
         delta = message["delta"].flat
         assert torch.equal(delta, delta.half().float())
@@ -419,8 +424,32 @@ CHANGES = {
     ("data.digits", "test_fraction"): ([], "data.test_fraction=0.3"),
     ("model.MLP", "hidden"): ([], "model.hidden=[13]"),
     ("model.BatchNormCNN", "width"): (["model=batchnorm_cnn", "~model.hidden", "rounds=1"], "model.width=8"),
-    ("wire", "down"): ([], "wire.down._target_=fedray.wire.Float16"),
-    ("wire", "up"): ([], "wire.up._target_=fedray.wire.Float16"),
+    ("wire.Wire", "down"): (["wire=int8"], "wire.down.chain.int8.bits=5"),
+    ("wire.Wire", "up"): (["wire=int8"], "wire.up.chain.int8.bits=5"),
+    ("wire.Wire", "entropy"): (["wire=topk", "model.hidden=[100]"], "wire.entropy=none"),
+    ("wire.Way", "chain"): (["wire=topk"], "+wire.up.chain.half._target_=fedray.wire.Float16"),
+    ("wire.Way", "parts"): (["wire=topk"], "+wire.up.parts.delta.half._target_=fedray.wire.Float16"),
+    ("wire.Way", "feedback"): (["wire=topk"], "wire.up.feedback=false"),
+    ("wire.Way", "decay"): (["wire=topk"], "wire.up.decay=0.5"),
+    ("wire.TopK", "fraction"): (["wire=topk"], "wire.up.chain.topk.fraction=0.2"),
+    ("wire.TopK", "level"): (["wire=topk"], "wire.up.chain.topk.level=global"),
+    ("wire.RandomK", "fraction"): (["wire=randomk"], "wire.up.chain.randomk.fraction=0.2"),
+    ("wire.RandomK", "unbiased"): (["wire=randomk", "wire.up.feedback=false"], "wire.up.chain.randomk.unbiased=true"),
+    ("wire.Threshold", "value"): (["wire=threshold"], "wire.up.chain.threshold.value=0.01"),
+    ("wire.PowerSGD", "rank"): (["wire=powersgd"], "wire.up.chain.powersgd.rank=1"),
+    ("wire.PowerSGD", "min_ratio"): (["wire=powersgd"], "wire.up.chain.powersgd.min_ratio=9.0"),
+    ("wire.Uniform", "bits"): (["wire=int8"], "wire.up.chain.int8.bits=3"),
+    ("wire.Uniform", "level"): (["wire=int8"], "wire.up.chain.int8.level=channel"),
+    ("wire.Uniform", "rounding"): (["wire=int8"], "wire.up.chain.int8.rounding=stochastic"),
+    ("wire.QSGD", "levels"): (["wire=qsgd"], "wire.up.chain.qsgd.levels=7"),
+    ("wire.QSGD", "bucket"): (["wire=qsgd"], "wire.up.chain.qsgd.bucket=64"),
+    ("wire.QSGD", "norm"): (["wire=qsgd"], "wire.up.chain.qsgd.norm=max"),
+    ("wire.Sign", "step"): (["wire=signsgd"], "wire.up.chain.sign.step=0.01"),
+    ("wire.ScaledSign", "level"): (["wire=sign"], "wire.up.chain.sign.level=channel"),
+    ("wire.Zstd", "level"): (
+        ["wire=int8", "+wire.up.chain.zstd._target_=fedray.wire.Zstd"],
+        "+wire.up.chain.zstd.level=19",
+    ),
     ("strategy.FedAvg", "lr"): ([], "strategy.lr=0.5"),
     ("strategy.FedAvg", "weight_by"): ([], "strategy.weight_by=uniform"),
     ("strategy.FedSGD", "lr"): (["strategy=fedsgd"], "strategy.lr=0.5"),
@@ -501,9 +530,13 @@ def test_every_setting_that_decides_a_result_is_in_that_table():
     for kind in (FedAvg, FedSGD):
         assert named[f"strategy.{kind.__name__}"] == {f.name for f in dataclasses.fields(kind)}
     assert named["correction.FedProx"] == {"mu"}
+    stages = [getattr(wire, name) for name in wire.__all__ if name not in ("Chain", "Delta")]
+    stages = [one for one in stages if isinstance(one, type) and hasattr(one, "changes_only")]
+    for kind in (*stages, Way, Wire):
+        assert named.get(f"wire.{kind.__name__}", set()) == {f.name for f in dataclasses.fields(kind)}
     groups = {name for name, hint in get_type_hints(Config).items() if hint not in (int, str)}
     # Where a run takes place and what is written of it decides nothing; a new group must be named here or above.
-    assert groups - {g.split(".")[0] for g in named} <= {"eval", "runtime", "tracker", "checkpoint"}
+    assert groups - {g.split(".")[0] for g in named} <= {"eval", "runtime", "tracker", "checkpoint", "device", "link"}
 
 
 def test_the_partition_and_the_data_split_follow_the_seed():

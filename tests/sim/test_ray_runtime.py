@@ -110,9 +110,10 @@ def test_every_client_is_an_actor_of_its_own_and_gives_the_same_bits(
     assert nothing_is_left()
 
 
-def test_a_killed_actor_changes_no_bit_and_loses_no_record(cluster: None, inline: fedray.Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("wire", ["float32", "stc"])  # the second keeps residuals and a version at each client
+def test_a_killed_actor_changes_no_bit_and_loses_no_record(cluster: None, wire: str, tmp_path: Path) -> None:
     """`kill -9` on both client processes, again and again but fewer than three times a client, in mid-round."""
-    long = [*CELL, "rounds=40", "trainer.epochs=20"]
+    long = [*CELL, "rounds=40", "trainer.epochs=20", f"wire={wire}"]
     calm = fedray.run([*long, "runtime=inline"], folder=tmp_path / "calm")
     killed: list[int] = []
     done = threading.Event()

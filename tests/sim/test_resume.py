@@ -59,6 +59,9 @@ SETTINGS = {
     "gradual": ["pruner=magnitude", "pruner.schedule=cubic", "pruner.start=1", "pruner.finish=5"],
     "random": ["pruner=random"],
     "feddst": ["pruner=feddst", "pruner.every=2", "pruner.until=6"],
+    "stc": ["wire=stc", "pruner=magnitude", "pruner.schedule=cubic", "pruner.start=1", "pruner.finish=5"],
+    "powersgd": ["wire=powersgd"],
+    "int8": ["wire=int8", "wire.down.feedback=true", "pruner=feddst", "pruner.every=2", "pruner.until=6"],
     "memory": ["+correction.control._target_=test_resume_policies.Control"],
 }
 

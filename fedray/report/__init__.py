@@ -1,0 +1,1 @@
+"""Runs in, tables out: reads run directories and nothing else."""

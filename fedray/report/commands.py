@@ -1,0 +1,142 @@
+"""`fedray reprice` and `fedray table`: their arguments. What knows Hydra is handed in by `cli`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedray.errors import ConfigError
+from fedray.report.conventions import CONVENTIONS, named
+from fedray.report.reprice import Setting, report, what_if
+from fedray.report.runs import find_runs
+from fedray.report.table import table
+
+Profile = Callable[[str, str], Any]
+"""(group, name) to the component of conf/<group>/<name>.yaml, None for `none`."""
+Make = Callable[[Mapping[str, Any]], Any]
+"""A recorded `_target_` node to its component."""
+
+
+def reprice_command(
+    arguments: Sequence[str], *, parser: type[argparse.ArgumentParser], profile: Profile, make: Make
+) -> None:
+    """Print what runs cost under other conventions, devices and links; or a what-if without a run."""
+    command = parser(
+        prog="fedray reprice",
+        description="Price finished runs under other conventions, devices and links; or, with --params, messages "
+        "that nobody sent.",
+        epilog=_conventions(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("runs", type=Path, nargs="*", help="folders of runs, or folders that hold some, as of a sweep")
+    command.add_argument("--as", dest="names", metavar="NAMES", help="conventions, with commas between; all without")
+    command.add_argument("--device", metavar="NAME", help="a profile of conf/device, or none; that of the run without")
+    command.add_argument(
+        "--link", metavar="NAME", help="a profile of conf/link, or none, or up=10,down=50,latency=0.05 (Mbit/s, s)"
+    )
+    command.add_argument("--params", type=int, metavar="N", help="what if: coordinates of a message, without a run")
+    command.add_argument("--sparsity", metavar="S,...", help="what if: fractions removed, 0 to below 1; 0 without")
+    command.add_argument("--bits", type=float, metavar="B", help="what if: bits of a value; 32 without")
+    command.add_argument("--clients", type=int, metavar="C", help="what if: clients in a round; 1 without")
+    command.add_argument("--rounds", type=int, metavar="R", help="what if: rounds; 1 without")
+    options = command.parse_args(arguments)
+    print(_without_a_run(options) if options.params is not None else _of_runs(options, profile, make))
+
+
+def table_command(arguments: Sequence[str], *, parser: type[argparse.ArgumentParser]) -> None:
+    """Print the table of a sweep: settings that differ, a metric over seeds, sparsity and megabytes."""
+    command = parser(prog="fedray table", description="The table of a sweep, over its seeds, as Markdown.")
+    command.add_argument("folder", type=Path, help="a folder that holds runs at any depth")
+    command.add_argument("--metric", default="test/accuracy", help="a metric of rounds.jsonl; its last value counts")
+    command.add_argument("--rows", metavar="KEY", help="a setting for the rows, as in pruner.sparsity; needs --cols")
+    command.add_argument("--cols", metavar="KEY", help="a setting for the columns; needs --rows")
+    options = command.parse_args(arguments)
+    print(table(options.folder, metric=options.metric, rows=options.rows, cols=options.cols))
+
+
+def _conventions() -> str:
+    lines = [f"  {name:<10}{(c.price.__doc__ or '').splitlines()[0]}" for name, c in CONVENTIONS.items()]
+    return "\n".join(["conventions (N coordinates, n values of b bits that travelled):", *lines])
+
+
+def _of_runs(options: argparse.Namespace, profile: Profile, make: Make) -> str:
+    for name in ("sparsity", "bits", "clients", "rounds"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name} is for a what-if; give --params too, or leave it out to price runs")
+    if not options.runs:
+        raise ConfigError("fedray reprice needs the folder of a run or of a sweep, or --params for a what-if")
+    conventions = named(options.names)
+    folders = list(dict.fromkeys(run for folder in options.runs for run in find_runs(folder)))
+    chosen: dict[str, Any] = {}
+    if options.device is not None:
+        chosen["device"] = profile("device", options.device)
+    if options.link is not None:
+        chosen["link"] = _link(options.link) if "=" in options.link else profile("link", options.link)
+
+    def setting_of(config: Mapping[str, Any]) -> Setting:
+        # A run without either has an empty node, an older one has no node at all.
+        own = {group: make(config[group]) for group in ("device", "link") if group not in chosen and config.get(group)}
+        both = {"device": None, "link": None, **own, **chosen}
+        return Setting(**both, given=bool(chosen))
+
+    return report(folders, options.runs, conventions, setting_of)
+
+
+def _link(text: str) -> Any:
+    """The link of `up=10,down=50,latency=0.05`; with `spread=0.5` clients differ."""
+    from fedray.costs import FixedLink, LogNormalLink
+
+    fields = {"up": "up_mbps", "down": "down_mbps", "latency": "latency_s", "spread": "spread"}
+    found: dict[str, float] = {}
+    for item in text.split(","):
+        name, _, value = item.partition("=")
+        if name not in fields or fields[name] in found:
+            raise ConfigError(f"--link has {item!r}; write up=10,down=50,latency=0.05 or the name of a profile")
+        try:
+            found[fields[name]] = float(value)
+        except ValueError:
+            raise ConfigError(f"--link has {item!r}; {value!r} must be a number") from None
+    if not {"up_mbps", "down_mbps"} <= set(found):
+        raise ConfigError(f"--link is {text!r}; it needs up and down, as in up=10,down=50,latency=0.05")
+    try:
+        return LogNormalLink(**found) if "spread" in found else FixedLink(**found)
+    except ConfigError as error:
+        raise ConfigError(f"--link is {text!r}: {error}") from error
+
+
+def _without_a_run(options: argparse.Namespace) -> str:
+    if options.runs or options.device is not None or options.link is not None:
+        raise ConfigError("--params is for a what-if without a run; leave out the folders, --device and --link")
+    conventions = named(options.names)
+    if options.names is None:
+        conventions = [convention for convention in conventions if not convention.recorded]
+    for convention in conventions:
+        if convention.recorded:
+            raise ConfigError(f"--as {convention.name} reads recorded bytes; give the folder of a run, not --params")
+    bits = 32.0 if options.bits is None else options.bits
+    clients, rounds = (1 if number is None else number for number in (options.clients, options.rounds))
+    for name, value in (("params", options.params), ("bits", bits), ("clients", clients), ("rounds", rounds)):
+        if not value >= 1:
+            raise ConfigError(f"--{name} is {value}; it must be at least 1")
+    return what_if(
+        params=options.params,
+        sparsities=_sparsities(options.sparsity),
+        bits=bits,
+        clients=clients,
+        rounds=rounds,
+        conventions=conventions,
+    )
+
+
+def _sparsities(text: str | None) -> list[float]:
+    if text is None:
+        return [0.0]
+    try:
+        found = [float(item) for item in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--sparsity is {text!r}; write numbers with commas between, as in 0.5,0.8") from None
+    if not all(0 <= sparsity < 1 for sparsity in found):
+        raise ConfigError(f"--sparsity is {text!r}; each is the fraction removed, from 0 to below 1")
+    return found

@@ -1,0 +1,374 @@
+"""What finished runs cost, would have cost under other conventions, and on other devices and links.
+
+Only recorded counts are read: nothing is trained again, and masks are not coded again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedray.errors import ConfigError
+from fedray.report.conventions import CONVENTIONS, UNITS, Convention
+from fedray.report.runs import markdown, shown
+from fedray.track.store import Row, read_clients, read_manifest, read_rows, read_transfers
+
+if TYPE_CHECKING:
+    from fedray.costs import Device, Link
+
+WAYS = ("down", "up")
+Pair = tuple[int, int]  # round, client
+MAKEUP = ("chain", "size", "kept", "params", "weights", "bits")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a run recorded of its transfers. Raises ConfigError where that does not suffice."""
+
+    folder: Path
+
+    @cached_property
+    def manifest(self) -> Row:
+        return read_manifest(self.folder)
+
+    @cached_property
+    def rounds(self) -> int:
+        return len(read_rows(self.folder))
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        rows = read_transfers(self.folder)
+        if not rows:
+            raise ConfigError(f"'{self.folder}' has no finished round with a transfer, so there is nothing to price")
+        if any(name not in row for row in rows for name in MAKEUP):
+            raise self._older("its transfers do not say what they were made of")
+        return rows
+
+    @cached_property
+    def train_flops(self) -> dict[Pair, float]:
+        """FLOPs of the local training by round and client."""
+        pairs = {(row["round"], row["client"]) for row in self.rows}
+        clients = {pair: row for row in read_clients(self.folder) if (pair := (row["round"], row["client"])) in pairs}
+        if any("train_flops" not in row for row in clients.values()):
+            raise self._older("its clients do not say how much they computed")
+        return {pair: clients[pair]["train_flops"] if pair in clients else 0.0 for pair in sorted(pairs)}
+
+    @property
+    def pairs(self) -> int:
+        """How many times a client took part in a round."""
+        return len({(row["round"], row["client"]) for row in self.rows})
+
+    @property
+    def depends_on_time(self) -> bool:
+        """Whether decisions of the run read the simulated time, so that another time would have been another run."""
+        return bool(self.manifest.get("depends_on_time", False))
+
+    def by_client(self, convention: Convention) -> dict[Pair, dict[str, float]]:
+        """Bytes by round and client, then by direction."""
+        if convention.name not in self._priced:
+            total: dict[Pair, dict[str, float]] = defaultdict(lambda: dict.fromkeys(WAYS, 0.0))
+            for row in self.rows:
+                total[row["round"], row["client"]][row["direction"]] += convention(row)
+            self._priced[convention.name] = dict(total)
+        return self._priced[convention.name]
+
+    @cached_property
+    def _priced(self) -> dict[str, dict[Pair, dict[str, float]]]:
+        return {}
+
+    def by_way(self, convention: Convention) -> dict[str, float]:
+        """Bytes by direction."""
+        found = self.by_client(convention).values()
+        return {way: sum(ways[way] for ways in found) for way in WAYS}
+
+    def dense(self, ways: Iterable[str] = WAYS) -> float:
+        """Bytes of these directions with every coordinate as float32."""
+        bytes_of = self.by_way(CONVENTIONS["dense"])
+        return sum(bytes_of[way] for way in ways)
+
+    def _older(self, why: str) -> ConfigError:
+        return ConfigError(
+            f"'{self.folder}' was recorded by an older version of fedray and cannot be re-priced: {why}; run it again"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """The device and the link that times are simulated for, either of which may be None.
+
+    given: whether the command named one; else they are those of the run.
+    """
+
+    device: Device | None
+    link: Link | None
+    given: bool
+
+    def __bool__(self) -> bool:
+        return self.device is not None or self.link is not None
+
+    def __str__(self) -> str:
+        device = "no device" if self.device is None else f"device {self.device.name}"
+        return f"{device}, {'no link' if self.link is None else self.link}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Time:
+    """Simulated seconds of a run: the sum over rounds of the slowest client's; and joules of all clients."""
+
+    seconds: float
+    joules: float
+
+
+def time_of(traffic: Traffic, convention: Convention, setting: Setting) -> Time:
+    """The run's time and energy if its transfers had had the sizes of a convention."""
+    # Both import torch, which prices alone do not need.
+    from fedray.costs import round_seconds, simulate
+    from fedray.keys import Key
+
+    key = Key.of(traffic.manifest["config"]["seed"])
+    bytes_of = traffic.by_client(convention)
+    flops = traffic.train_flops if setting.device is not None else {}
+    rounds = defaultdict(list)
+    for (number, client), ways in bytes_of.items():
+        rounds[number].append(
+            simulate(
+                setting.device,
+                setting.link,
+                key=key,
+                client=client,
+                train_flops=flops[number, client] if setting.device is not None else 0.0,
+                down_bytes=ways["down"],
+                up_bytes=ways["up"],
+            )
+        )
+    return Time(
+        seconds=sum(round_seconds(clients) for clients in rounds.values()),
+        joules=sum(client.joules for clients in rounds.values() for client in clients),
+    )
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+def report(
+    folders: Sequence[Path], under: Sequence[Path], conventions: Sequence[Convention], setting_of: SettingOf
+) -> str:
+    """Markdown: three tables for one run, one line a run for several.
+
+    folders: run directories. under: the folders that were asked for. setting_of: see `SettingOf`.
+    """
+    if len(folders) == 1:
+        return _one(Traffic(folders[0]), conventions, setting_of)
+    return _several(folders, under, conventions, setting_of)
+
+
+SettingOf = Callable[[Mapping[str, Any]], Setting]
+"""From a run's configuration to the device and link that its times are for."""
+
+
+def _one(run: Traffic, conventions: Sequence[Convention], setting_of: SettingOf) -> str:
+    setting = setting_of(run.manifest["config"])
+    if run.depends_on_time and setting.given:
+        raise ConfigError(
+            f"'{run.folder}' cannot be re-priced in time: its own decisions read the simulated time, so with another "
+            "--device or --link it would have been another run; leave them out to re-price its bytes alone"
+        )
+    status = run.manifest["status"]
+    lines = [
+        f"# {run.folder}",
+        "",
+        f"{run.rounds} rounds, {status}; clients took part {run.pairs:,} times. MB = 1e6 bytes, MiB = 2^20 bytes.",
+        "",
+        "## As measured, by direction and part",
+        "",
+        _parts(run),
+        "",
+        "## Under each convention",
+        "",
+        _prices(run, conventions),
+    ]
+    if setting:
+        timed = list(conventions)
+        if run.depends_on_time:
+            timed = [CONVENTIONS["measured"]]
+        lines += ["", f"## Simulated time: {setting}", "", _times(run, timed, setting)]
+        if run.depends_on_time:
+            lines += [
+                "",
+                "Only the measured bytes have a time: this run's own decisions read it, so with other bytes it would "
+                "have been another run.",
+            ]
+    return "\n".join(lines)
+
+
+def _parts(run: Traffic) -> str:
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in run.rows:
+        groups[row["direction"], row["part"]].append(row)
+    measured, dense = CONVENTIONS["measured"], CONVENTIONS["dense"]
+    all_bytes = sum(map(measured, run.rows)) or 1.0
+
+    def line(way: str, part: str, chain: str, payloads: int, rows: Sequence[Row]) -> list[str]:
+        sent, whole = sum(map(measured, rows)), sum(map(dense, rows))
+        kinds = [sum(row[kind] for row in rows) for kind in ("value_bytes", "mask_bytes", "header_bytes")]
+        return [
+            way, part, chain, f"{payloads:,}", f"{sum(row['params'] for row in rows):,}",
+            *(f"{kind:,}" for kind in kinds), f"{sent:,.0f}", _ratio(whole, sent), f"{100 * sent / all_bytes:.1f} %",
+        ]  # fmt: skip
+
+    lines = [
+        line(way, part, ", ".join(dict.fromkeys(row["chain"] for row in rows)), _payloads(rows), rows)
+        for (way, part), rows in sorted(groups.items())
+    ]
+    lines.append(line("both", "all", "", _payloads(run.rows), run.rows))
+    header = [
+        "way", "part", "chain", "payloads", "parameters", "value bytes", "mask bytes", "header bytes", "bytes",
+        "dense / this", "share",
+    ]  # fmt: skip
+    return markdown(header, lines, text=3)
+
+
+def _payloads(rows: Iterable[Row]) -> int:
+    """How many payloads these rows are of; each payload has a row for every part."""
+    several = {(row["round"], row["client"], row["direction"]): row.get("payloads", 1) for row in rows}
+    return sum(several.values())
+
+
+def _prices(run: Traffic, conventions: Sequence[Convention]) -> str:
+    return markdown(PRICE_HEADER, [[convention.name, *_amounts(run, convention)] for convention in conventions])
+
+
+PRICE_HEADER = [
+    "convention", "up", "down", "both ways", "bytes both ways", "a client and round", "its bytes", "dense / this",
+]  # fmt: skip
+
+
+def _amounts(run: Traffic, convention: Convention) -> list[str]:
+    """Cells: up, down, both ways, its bytes, both ways for one client in one round, its bytes, and against dense."""
+    ways = run.by_way(convention)
+    total = sum(ways.values())
+    return [
+        *(_amount(ways[way], convention) for way in ("up", "down")),
+        _amount(total, convention),
+        f"{total:,.0f}",
+        _amount(total / run.pairs, convention),
+        f"{total / run.pairs:,.0f}",
+        _ratio(run.dense(convention.ways), total),
+    ]
+
+
+def _times(run: Traffic, conventions: Sequence[Convention], setting: Setting) -> str:
+    times = [(convention.name, time_of(run, convention, setting)) for convention in conventions]
+    return markdown(
+        ["bytes as", "seconds", "seconds a round", "joules"],
+        [[name, *_durations(time, run, setting)] for name, time in times],
+    )
+
+
+def _durations(time: Time, run: Traffic, setting: Setting) -> list[str]:
+    joules = "-" if setting.device is None else f"{time.joules:,.2f}"
+    return [f"{time.seconds:,.2f}", f"{time.seconds / run.rounds:,.3f}", joules]
+
+
+def _several(
+    folders: Sequence[Path], under: Sequence[Path], conventions: Sequence[Convention], setting_of: SettingOf
+) -> str:
+    """With one convention its amounts, with more the total of each; times under the first."""
+    first = conventions[0]
+    header = ["run", "rounds"]
+    if len(conventions) == 1:
+        header += PRICE_HEADER[1:]
+    else:
+        header += [f"{convention.name} {convention.unit}" for convention in conventions]
+    lines, notes, timed = [], [], False
+    for folder in folders:
+        run, name = Traffic(folder), shown(folder, under)
+        try:
+            cells = [name, str(run.rounds), *_totals(run, conventions)]
+            setting = setting_of(run.manifest["config"])
+            times = ["-", "-", "-"]
+            if setting and run.depends_on_time and (setting.given or first.name != "measured"):
+                notes.append(f"{name} has no other time: its own decisions read the simulated time.")
+            elif setting:
+                times, timed = _durations(time_of(run, first, setting), run, setting), True
+        except ConfigError as error:
+            notes.append(f"Left out: {error}.")
+            continue
+        if run.manifest["status"] != "finished":
+            notes.append(f"{name} is {run.manifest['status']}: its {run.rounds} rounds count.")
+        lines.append(cells + times)
+    if not lines:
+        raise ConfigError(f"none of the {len(folders)} runs can be priced: {notes[0].removeprefix('Left out: ')}")
+    if timed:
+        header += [f"seconds ({first.name})", "seconds a round", "joules"]
+    else:
+        lines = [line[:-3] for line in lines]
+    text = [
+        markdown(header, lines),
+        "",
+        "MB = 1e6 bytes, MiB = 2^20 bytes; both ways together where no way is named.",
+    ]
+    return "\n".join(text + ([""] + [f"- {note}" for note in notes] if notes else []))
+
+
+def _totals(run: Traffic, conventions: Sequence[Convention]) -> list[str]:
+    if len(conventions) == 1:
+        return _amounts(run, conventions[0])
+    totals = [(sum(run.by_way(convention).values()), convention) for convention in conventions]
+    return [f"{total / UNITS[convention.unit]:,.2f}" for total, convention in totals]
+
+
+# -- without a run ---------------------------------------------------------------------------------------------------
+
+
+def what_if(
+    *,
+    params: int,
+    sparsities: Sequence[float],
+    bits: float,
+    clients: int,
+    rounds: int,
+    conventions: Sequence[Convention],
+) -> str:
+    """A Markdown table of messages that nobody sent: `params` coordinates, one part, the same message both ways.
+
+    clients, rounds: how many clients take part in a round, and how many rounds there are.
+    """
+    pairs = clients * rounds
+    lines = []
+    for sparsity in sparsities:
+        kept = round((1 - sparsity) * params)
+        message = {"chain": "", "size": params, "kept": kept, "params": kept, "weights": kept, "bits": bits}
+        for convention in conventions:
+            up, down = (convention({**message, "direction": way}) for way in ("up", "down"))
+            whole = sum(CONVENTIONS["dense"]({**message, "direction": way}) for way in convention.ways)
+            cells = [f"{sparsity:g}", convention.name, f"{kept:,}"]
+            for times in (1, pairs):
+                cells += [_amount(times * amount, convention) for amount in (up, down, up + down)]
+                cells.append(f"{times * (up + down):,.0f}")
+            lines.append([*cells, _ratio(whole, up + down)])
+    header = [
+        "sparsity", "convention", "kept", "up", "down", "both ways", "bytes", "all up", "all down", "all both ways",
+        "all bytes", "dense / this",
+    ]  # fmt: skip
+    return "\n".join(
+        [
+            f"{params:,} coordinates of {bits:g} bits. First one client in one round, then all: {clients:,} clients x "
+            f"{rounds:,} rounds.",
+            "MB = 1e6 bytes, MiB = 2^20 bytes.",
+            "",
+            markdown(header, lines, text=2),
+        ]
+    )
+
+
+def _amount(num_bytes: float, convention: Convention) -> str:
+    return f"{num_bytes / UNITS[convention.unit]:,.2f} {convention.unit}"
+
+
+def _ratio(dense: float, sent: float) -> str:
+    return f"{dense / sent:,.2f}" if dense and sent else "-"
