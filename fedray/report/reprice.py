@@ -57,7 +57,7 @@ class Traffic:
             raise self._older("its clients do not say how much they computed")
         return {pair: clients[pair]["train_flops"] if pair in clients else 0.0 for pair in sorted(pairs)}
 
-    @property
+    @cached_property
     def pairs(self) -> int:
         """How many times a client took part in a round."""
         return len({(row["round"], row["client"]) for row in self.rows})

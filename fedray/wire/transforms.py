@@ -56,9 +56,10 @@ class _Sparse:
 class TopK(_Sparse):
     """The values of the largest magnitude, with their positions; on a tie the lower index.
 
-    Aji and Heafield 2017, "Sparse communication for distributed gradient descent", section 3 (with the residual that
-    error feedback keeps); Stich et al. 2018, "Sparsified SGD with memory". Positions count the coordinates that the
-    part has values for, not those of the model, and are coded by `bits.encode_positions`.
+    Aji and Heafield 2017, "Sparse communication for distributed gradient descent" (gradient dropping: what is left
+    out is kept for later, which is the work of error feedback); Stich et al. 2018, "Sparsified SGD with memory",
+    definition 2.2 (top_k). Positions count the coordinates that the part has values for, not those of the model, and
+    are coded by `bits.encode_positions`.
 
     fraction: of the values, above 0 to 1; k = round(fraction n), and at least one.
     level:    "tensor" takes k of each tensor of which there is anything; "global" takes k of all values together,
@@ -106,9 +107,9 @@ class TopK(_Sparse):
 class RandomK(_Sparse):
     """A random subset of the values, which costs eight bytes: the receiver draws it again.
 
-    Stich et al. 2018, "Sparsified SGD with memory" (rand_k); Konecny et al. 2016, "Federated learning: strategies for
-    improving communication efficiency", section 3 (random mask). All subsets of k of the n values together, whatever
-    their tensors, are equally likely; each message draws anew.
+    Stich et al. 2018, "Sparsified SGD with memory", definition 2.2 (rand_k); Konecny et al. 2016, "Federated learning:
+    strategies for improving communication efficiency", section 3 (subsampling, which is scaled). All subsets of k of
+    the n values together, whatever their tensors, are equally likely; each message draws anew.
 
     fraction: of the values, above 0 to 1; k = round(fraction n), and at least one.
     unbiased: whether what is sent is scaled by n / k, which makes it right on average, and useless to error feedback.
@@ -157,8 +158,8 @@ class RandomK(_Sparse):
 class Threshold(_Sparse):
     """The values of a magnitude above a threshold, with their positions: as many as there are.
 
-    Strom 2015, "Scalable distributed DNN training using commodity GPU cloud computing", section 2, which sends the
-    threshold in place of each value; here values are sent.
+    Strom 2015, "Scalable distributed DNN training using commodity GPU cloud computing", which sends the threshold
+    with a sign in place of each value. Deviation: values are sent as they are.
 
     value: what a magnitude must exceed, in float32.
     """
@@ -294,7 +295,7 @@ class PowerSGD:
                 sent.append(flat[span])
                 continue
             rows, columns, r = plan.matrices[name]
-            # A copy, because libraries for matrices may sum in another order where memory is aligned differently.
+            # A copy, which torch aligns: MKL promises the same bits for the same alignment only.
             matrix = flat[span].view(rows, columns).clone()
             drawn = torch.randn(columns, r, generator=key.fold(name).torch())
             # An end of zeros would stay one: those columns are drawn anew.
@@ -318,7 +319,7 @@ class PowerSGD:
         full = torch.empty(where.size)
         for name, span in where.layout.spans.items():
             if name in plan.matrices:
-                # Copies, for the order of sums as above: both ends must decode the same bits.
+                # Copies for their alignment, as above: both ends must decode the same bits.
                 p, q = sent[f"{name}.p"].clone(), sent[f"{name}.q"].clone()
                 full[span] = (p @ q.T).reshape(-1)
             else:
@@ -336,7 +337,5 @@ def _orthonormal(matrix: Tensor) -> Tensor:
 
     Householder's reflections give r orthonormal columns whatever the rank, also for zeros.
     """
-    peak = matrix.abs().max()
-    # Squares of what is very small would vanish.
-    basis: Tensor = torch.linalg.qr(matrix / peak if peak > 0 else matrix).Q
+    basis: Tensor = torch.linalg.qr(matrix).Q
     return basis

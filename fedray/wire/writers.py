@@ -291,7 +291,8 @@ class QSGD:
 class Sign:
     """The sign of each value: one bit. A zero counts as plus.
 
-    Bernstein et al. 2018, "signSGD". Both ends know the step, so nothing else is written: ceil(n / 8) bytes.
+    Bernstein et al. 2018, "signSGD", algorithm 1. Both ends know the step, so nothing else is written:
+    ceil(n / 8) bytes.
 
     step: the magnitude that a sign stands for.
     """
@@ -324,9 +325,10 @@ class Sign:
 class ScaledSign:
     """The sign of each value, times the mean magnitude of its group. A zero counts as plus.
 
-    Karimireddy et al. 2019, "Error feedback fixes signSGD", section 4 (EF-signSGD, its scaled sign by layer). On what
-    TopK keeps it is the ternary code of Sattler et al. 2019, "Robust and communication-efficient federated learning
-    from non-i.i.d. data" (see `transforms.stc`). 4 bytes a group of which anything is sent and ceil(n / 8) bytes.
+    Karimireddy et al. 2019, "Error feedback fixes signSGD", algorithm 1 (EF-signSGD; here by tensor or channel). On
+    what TopK keeps it is the ternary code of Sattler et al. 2019, "Robust and communication-efficient federated
+    learning from non-i.i.d. data" (see `transforms.stc`). 4 bytes a group of which anything is sent and ceil(n / 8)
+    bytes.
 
     level: what shares a magnitude: "tensor", or "channel" (a slice along the first dimension).
     """

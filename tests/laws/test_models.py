@@ -8,7 +8,7 @@ from torch import nn
 
 from fedray.errors import ConfigError
 from fedray.keys import Key
-from fedray.models import MLP, BatchNormCNN, LeNet, McMahanCNN, Scope, Task
+from fedray.models import MLP, BatchNormCNN, LeNet, McMahanCNN, Scope, SmallCNN, Task
 from fedray.models.task import buffers_of, kinds, layouts, params_of, prunable_names
 
 MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
@@ -20,6 +20,7 @@ MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
         (LeNet, CIFAR, 62_006),
         (LeNet, MNIST, 44_426),
         (McMahanCNN, MNIST, 1_663_370),
+        (SmallCNN, MNIST, 21_840),
         (partial(MLP, hidden=(200, 200)), MNIST, 199_210),
         (MLP, MNIST, 199_210),
         (partial(MLP, hidden=()), MNIST, 7_850),
@@ -32,14 +33,15 @@ def test_a_model_has_the_parameters_of_the_literature(build, shape, count):
     assert module(torch.zeros(2, *shape)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("build", [MLP, LeNet, McMahanCNN, BatchNormCNN])
+@pytest.mark.parametrize("build", [MLP, LeNet, SmallCNN, McMahanCNN, BatchNormCNN])
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 20, 17), (2, 33, 28)])
 def test_a_model_takes_images_of_any_size(build, shape):
     assert build(shape=shape, num_classes=7)(torch.randn(3, *shape)).shape == (3, 7)
 
 
 @pytest.mark.parametrize(
-    ("build", "shape"), [(LeNet, (1, 8, 8)), (LeNet, (64,)), (McMahanCNN, (1, 3, 9)), (BatchNormCNN, (5,))]
+    ("build", "shape"),
+    [(LeNet, (1, 8, 8)), (SmallCNN, (1, 8, 8)), (LeNet, (64,)), (McMahanCNN, (1, 3, 9)), (BatchNormCNN, (5,))],
 )
 def test_images_that_do_not_fit_are_refused_by_name(build, shape):
     with pytest.raises(ConfigError, match=r"model=\w+ needs images"):

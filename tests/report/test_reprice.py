@@ -287,3 +287,30 @@ def test_a_what_if_gives_the_size_of_lotteryfl(report):
 def test_a_what_if_that_makes_no_sense_is_refused_in_a_sentence(arguments, says, report):
     with pytest.raises(ConfigError, match=says):
         report.reprice(*arguments)
+
+
+# -- a real run ------------------------------------------------------------------------------------------------------
+
+
+def test_measured_prices_are_the_drivers_own_totals(report, tmp_path, capsys):
+    import fedray
+    from fedray.cli import main
+
+    overrides = [
+        "runtime=inline", "rounds=3", "num_clients=6", "cohort=3", "model.hidden=[8]", "pruner=magnitude",
+        "device=phone", "link=lte_mixed", "tracker.progress=none", "tracker.wandb.mode=disabled",
+    ]  # fmt: skip
+    run = fedray.run(overrides, folder=tmp_path)
+    last = run.rows[-1]
+    capsys.readouterr()
+    assert main(["reprice", str(tmp_path)]) == 0
+    parts, prices, times = report.tables(capsys.readouterr().out)
+    measured = by(prices)["measured"]
+    assert measured["bytes both ways"] == parts[-1]["bytes"] == f"{last['wire/total_bytes']:,}"
+    assert measured["dense / this"] == f"{last['wire/total_ratio']:.2f}"
+    time = by(times, "bytes as")["measured"]
+    assert time["seconds"] == f"{last['time/total_simulated_s']:.2f}"
+    assert time["joules"] == f"{last['energy/total_simulated_j']:.2f}"
+    assert main(["table", str(tmp_path)]) == 0
+    (row,) = report.tables(capsys.readouterr().out)[0]
+    assert row["MB up"] == f"{last['wire/total_up_bytes'] / 1e6:.2f}"

@@ -1,6 +1,7 @@
 """Sets of positions: what was encoded comes back, sizes are those of the formulas, and no bytes break a decoder."""
 
 import math
+import struct
 import sys
 import tracemalloc
 
@@ -272,7 +273,8 @@ def test_bytes_of_ans_that_make_no_sense_are_refused():
     body = encode_as("ans", positions, 1000)
     less, more = (body[:1] + count.to_bytes(2, "little") + body[3:] for count in (99, 101))
     zero, shifted = body[:3] + bytes(len(body) - 3), b"\1" + body[1:]
-    ends = [body[:-1], body[:-4], body + b"\0\0\0\0", body + b"\1\0\0\0", body[:3] + b"\1\0\0\0" + body[3:], body[:3]]
+    ends = [body[:-1], body[:-4], body + b"\0\0\0\0", body + b"\1\0\0\0", body[:3]]
+    ends += [body[:3] + struct.pack("<I", word << 20) + body[3:] for word in range(100)]  # read last, if at all
     coder, symbols = stream.stack.AnsCoder(), np.zeros(1000, np.int32)
     symbols[positions] = 1  # 100 of them, under a head and a model of 99
     coder.encode_reverse(symbols, stream.model.Bernoulli(0.099, perfect=False))

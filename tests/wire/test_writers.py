@@ -333,6 +333,13 @@ def test_uniform_holds_the_ends_of_float32(bits, rounding):
     assert (np.abs(decoded - values)[4:] <= steps[4:]).all()
 
 
+def test_stochastic_rounding_does_not_go_beyond_the_largest_code():
+    # Next to the end of float32 the step is a hair too small, so that about 1 in 250 would be rounded up.
+    values, where = frozen(np.full(DRAWS, np.finfo(np.float32).max)), where_all((DRAWS,))
+    decoded = there_and_back(Uniform(bits=16, rounding="stochastic"), values, where)
+    np.testing.assert_allclose(decoded, values, rtol=1e-6)
+
+
 @settings(laws, max_examples=120)
 @given(case=cases(largest=1e3), bits=st.integers(2, 16))
 def test_uniform_packs_each_code_into_its_bits(case, bits):
