@@ -1,7 +1,7 @@
 """fedray beside a plain PyTorch loop, measured side by side in one run, as ratios.
 
     scripts/bench --data FOLDER                 every part; FOLDER holds MNIST in hub layout
-    scripts/bench --data FOLDER --only 2nn      one part: 2nn, cnn, thousand, driver, startup, memory
+    scripts/bench --data FOLDER --only 2nn      one part: 2nn, cnn, thousand, wire, driver, startup, memory
 
 The loop is what a researcher writes by hand: one process, one thread, an nn.Module, autograd, SGD by one foreach
 call, batches by slicing a permuted tensor, a weighted mean of the clients. fedray runs with two actors on two CPUs.
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,6 +115,7 @@ def run_fedray(overrides: list[str], data: str) -> dict:
         "round_s": total / (len(rows) - 1),
         "startup_s": wall - rows[-1]["time/total_s"],
         "driver_cpu_s": statistics.median(row["time/driver_cpu_s"] for row in rows[1:]),
+        "rows": rows,
     }
 
 
@@ -149,6 +151,43 @@ def compare(name: str, data: str, pairs: int) -> str:
         f"| {name} | {quartiles(theirs)} | {quartiles(ours)} | **{quartiles(ratios)}** | {REQUIRED[name]:.2f} | "
         f"{AIM[name]:.2f} | {loop_start:.1f} | {fedray_start:.1f} |"
     )
+
+
+WIRES = {
+    "float32": ["wire=float32"],
+    "float16": ["wire=float16"],
+    "int8": ["wire=int8"],
+    "float32 under masks of 50 % that every client changes every round (bitmaps)": [
+        "pruner=feddst",
+        "pruner.sparsity=0.5",
+        "pruner.every=1",
+        "pruner.ratio=0.5",
+    ],
+    "topk": ["wire=topk"],
+    "sign": ["wire=sign"],
+    "stc": ["wire=stc"],
+    "powersgd": ["wire=powersgd"],
+}
+LIMITS = {"topk": 0.20, "sign": None, "stc": None, "powersgd": None}
+
+
+def wire(data: str, pairs: int) -> str:
+    """Encoding plus decoding, both ends and both directions, as a share of the round, in one process."""
+    lines = [
+        "| wire, mnist_cnn | coding s/round | round s | share, median (quartiles) | limit |",
+        "|---|---|---|---|---|",
+    ]
+    for name, overrides in WIRES.items():
+        rows = []
+        for _ in range(pairs):
+            case = [*overrides_of({**CASES["cnn"], "rounds": 4}), "runtime=inline", *overrides]
+            rows += run_fedray(case, data)["rows"][1:]
+        shares = [row["time/wire_s"] / row["time/round_s"] for row in rows]
+        coding, whole = (statistics.median(row[f"time/{kind}_s"] for row in rows) for kind in ("wire", "round"))
+        limit = LIMITS.get(name, 0.10)
+        lines.append(f"| {name} | {coding:.3f} | {whole:.3f} | **{quartiles(shares)}** | {limit or '-'} |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
 
 
 def driver_cost(data: str) -> str:
@@ -238,7 +277,7 @@ def private_megabytes() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of MNIST in hub layout")
-    parser.add_argument("--only", default="2nn,cnn,thousand,driver,startup,memory")
+    parser.add_argument("--only", default="2nn,cnn,thousand,wire,driver,startup,memory")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--loop", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -248,20 +287,23 @@ def main() -> None:
         case = json.loads(options.loop)
         print(json.dumps(plain_loop(case, data, case["rounds"])))
         return
-    lines = []
-    chosen = options.only.split(",")
-    for name in chosen:
+    others = {"driver": driver_cost, "startup": startup, "memory": memory, "wire": partial(wire, pairs=options.pairs)}
+    rounds, lines = [], []
+    for name in options.only.split(","):
         if name in CASES:
-            lines.append(compare(name, data, options.pairs))
+            rounds.append(compare(name, data, options.pairs))
+        elif name in others:
+            lines.append(others[name](data))
         else:
-            lines.append({"driver": driver_cost, "startup": startup, "memory": memory}[name](data))
-        print(lines[-1], flush=True)
-    print(
-        "\n| case | loop s/round | fedray s/round | ratio, median (quartiles) "
-        "| required | aim | loop start s | fedray start s |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    print("\n".join(lines))
+            raise SystemExit(f"--only {name} is no part; choose of {', '.join([*CASES, *others])}")
+    if rounds:
+        print(
+            "\n| case | loop s/round | fedray s/round | ratio, median (quartiles) "
+            "| required | aim | loop start s | fedray start s |"
+        )
+        print("|---|---|---|---|---|---|---|---|")
+        print("\n".join(rounds))
+    print("\n" + "\n\n".join(lines))
 
 
 if __name__ == "__main__":

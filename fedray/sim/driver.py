@@ -48,7 +48,7 @@ class _Open:
     """A round that is settled and not yet recorded.
 
     memories, downlink, snapshot: of server and clients at its end, if it ends with a checkpoint.
-    times: its `time/*` metrics. scores: as they come in, by tag.
+    times: its `time/*` metrics; download_s: seconds of coding its download here. scores: as they come in, by tag.
     """
 
     round: int
@@ -60,6 +60,7 @@ class _Open:
     memories: tuple[Any, ...]
     downlink: Downlink
     snapshot: Any
+    download_s: float = 0.0
     times: dict[str, float] = field(default_factory=dict)
     scores: dict[str, dict[int, Mapping[str, np.ndarray]]] = field(default_factory=dict)
 
@@ -113,6 +114,7 @@ class Driver:
             started = time.perf_counter()
             cohort = self.spec.sample_cohort(round)
             download = self._download(round, cohort)
+            download_s = time.perf_counter() - started
             handle = self.runtime.put(
                 Broadcast(round=round, server=self.server, memories=self.memories, cohort=cohort, download=download)
             )
@@ -131,6 +133,7 @@ class Driver:
             if waiting is not None:
                 finished.append(waiting)
             waiting = self._settle(round, cohort, sums, results)
+            waiting.download_s = download_s
             now, cpu_now = time.perf_counter(), time.process_time()
             waiting.times = {
                 "time/round_s": now - started,
@@ -351,7 +354,7 @@ class Driver:
         row |= self._memory(mask)
         row |= self.ledger.enter(transfer for result in results for transfer in result.transfers)
         row["time/train_s"] = sum(result.seconds for result in results)
-        row["time/wire_s"] = sum(result.wire_seconds for result in results)
+        row["time/wire_s"] = done.download_s + sum(result.wire_seconds for result in results)
         row |= done.times
         row["digest"] = digest(done.server)
         clients = {

@@ -2,7 +2,7 @@
 
 from fedray.wire.chain import Chain, Delta
 from fedray.wire.codec import Codec, Packet, Way, Wire
-from fedray.wire.download import Download, Downlink, advance
+from fedray.wire.download import Downlink, Download, advance
 from fedray.wire.ledger import Ledger, PartSize, Transfer
 from fedray.wire.squeeze import Zstd
 from fedray.wire.transforms import PowerSGD, RandomK, Threshold, TopK, stc
@@ -14,8 +14,8 @@ __all__ = [
     "Chain",
     "Codec",
     "Delta",
-    "Download",
     "Downlink",
+    "Download",
     "Float16",
     "Float32",
     "Ledger",

@@ -159,11 +159,12 @@ def test_a_convention_can_be_added_and_asked_for_by_name():
         @convention(ways=("up",))
         def two_bytes(row):
             "Mine."
-            return row["params"] * 2.0
+            return row["params"] * 2.0 * row["size"] / row["size"]
 
         (mine,) = named("two_bytes")
         assert mine(row(100, 50)) == 100
         assert mine(row(100, 50, direction="down")) == 0
+        assert mine(row(0, 0)) == 0  # frames have no size, and conventions need not know
     finally:
         CONVENTIONS.pop("two_bytes", None)
 

@@ -217,6 +217,11 @@ def test_several_runs_have_a_line_each(small, report, tmp_path):
     assert {"bitmap MB", "lotteryfl MiB"} <= set(rows[0])
 
 
+def test_what_lies_in_a_run_belongs_to_it(small, report):
+    report.write(small / "checkpoints" / "copy", down=[report.part("params", 9, 9)], up=[])
+    assert len(report.tables(report.reprice(small))) == 2
+
+
 def test_runs_of_older_versions_are_refused_in_a_sentence(small, report, tmp_path):
     path = small / "transfers.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
