@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(error, EXIT_CONFIG)
     except KeyboardInterrupt:
         return _say("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read the output, as `head` does, has seen enough; without this Python complains as it closes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except FedrayError as error:
         from fedray.launch import Interrupted
 

@@ -206,9 +206,9 @@ def _one(run: Traffic, conventions: Sequence[Convention], setting_of: SettingOf)
 
 
 def _parts(run: Traffic) -> str:
-    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for row in run.rows:
-        groups[row["direction"], row["part"]].append(row)
+        groups[row["direction"], row["part"], row["chain"]].append(row)
     measured, dense = CONVENTIONS["measured"], CONVENTIONS["dense"]
     all_bytes = sum(map(measured, run.rows)) or 1.0
 
@@ -220,10 +220,7 @@ def _parts(run: Traffic) -> str:
             *(f"{kind:,}" for kind in kinds), f"{sent:,.0f}", _ratio(whole, sent), f"{100 * sent / all_bytes:.1f} %",
         ]  # fmt: skip
 
-    lines = [
-        line(way, part, ", ".join(dict.fromkeys(row["chain"] for row in rows)), _payloads(rows), rows)
-        for (way, part), rows in sorted(groups.items())
-    ]
+    lines = [line(way, part, chain, _payloads(rows), rows) for (way, part, chain), rows in sorted(groups.items())]
     lines.append(line("both", "all", "", _payloads(run.rows), run.rows))
     header = [
         "way", "part", "chain", "payloads", "parameters", "value bytes", "mask bytes", "header bytes", "bytes",
