@@ -114,7 +114,7 @@ class EvalReply:
 class _Download:
     """A payload with what it was made of; content: (part, flat values, weight, support), compared by identity."""
 
-    key: Key
+    round: int
     content: list[tuple[str, torch.Tensor, float, Mask | None]]
     mask: Mask | None
     known: Mask | None
@@ -268,7 +268,9 @@ class Worker:
         started = time.perf_counter()
         answer = replace(answer, mask=self.intern(answer.mask))
         wanted = self.codec.add_residuals(answer, record.residuals, "up")
-        up = self._encode(wanted, "up", sent_mask, key.fold("wire"), whose, reference=sent, warm=record.warm)
+        up = self._encode(
+            wanted, "up", sent_mask, key.fold("wire"), whose, leaves=not summed, reference=sent, warm=record.warm
+        )
         feeds_back = bool(self.codec.feeds_back("up"))
         received = self.receive(up.payload, sent_mask, whose, sent) if summed or feeds_back else None
         residuals = record.residuals
@@ -313,7 +315,7 @@ class Worker:
             message = shared.wanted
         started = time.perf_counter()
         if shared is None or shared.change is None or shared.whole is None:
-            packet = self._download(message, record.known, self.spec.download_key(round), whose)
+            packet = self._download(message, record.known, round, whose)
             message = self.codec.decode(packet.payload, direction="down", known=record.known)
             sizes = packet.sizes
         else:
@@ -333,21 +335,29 @@ class Worker:
         return message, transfer, seconds
 
     def _encode(
-        self, message: Message, direction: Direction, known: Mask | None, key: Key, whose: str, **held: Trees
+        self,
+        message: Message,
+        direction: Direction,
+        known: Mask | None,
+        key: Key,
+        whose: str,
+        *,
+        leaves: bool,
+        **held: Trees,
     ) -> Packet:
         try:
-            return self.codec.encode(message, direction=direction, known=known, key=key, **held)
+            return self.codec.encode(message, direction=direction, known=known, key=key, leaves=leaves, **held)
         except FedrayError as error:
             raise type(error)(f"{whose}: {error}") from error
 
-    def _download(self, message: Message, known: Mask | None, key: Key, whose: str) -> Packet:
+    def _download(self, message: Message, known: Mask | None, round: int, whose: str) -> Packet:
         """The payload for a client. Most clients of a round are sent the same values under the same known mask, and so
         the same bytes: those are made once, and read by each."""
         content = [(name, part.value.flat, part.weight, part.support) for name, part in message.parts.items()]
         last = self._last_download
         if (
             last is not None
-            and last.key == key
+            and last.round == round
             and len(content) == len(last.content)
             and all(
                 a == c and b is d and e == f and g is h
@@ -357,8 +367,9 @@ class Worker:
             and same_mask(known, last.known)
         ):
             return last.packet
-        packet = self._encode(message, "down", known, key, whose)
-        self._last_download = _Download(key, content, message.mask, known, packet)
+        key = self.spec.download_key(round)
+        packet = self._encode(message, "down", known, key, whose, leaves=False)
+        self._last_download = _Download(round, content, message.mask, known, packet)
         return packet
 
     def _train(self, message: Message, samples: Any, record: Record, ctx: Context) -> tuple[Fit, list[Any]]:

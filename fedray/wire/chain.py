@@ -7,13 +7,14 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 
 from fedray.errors import ConfigError, NumericError, WireError
 from fedray.keys import Key
@@ -90,7 +91,7 @@ class Chain:
             squeeze=found["squeeze"][0] if found["squeeze"] else None,
         )
 
-    @property
+    @cached_property
     def label(self) -> str:
         """How the ledger names it: "topk:0.1+int8"."""
         stages = [*self.transforms, self.writer, *([self.squeeze] if self.squeeze else [])]
@@ -106,9 +107,21 @@ class Chain:
     def changes_only(self) -> bool:
         return not self.delta and any(stage.changes_only for stage in (*self.transforms, self.writer))
 
-    def encode(self, values: np.ndarray, where: Where, *, key: Key, warm: Tree | None, entropy: Entropy) -> Written:
-        """float32 (n,), after the difference if there is one. Raises NumericError naming the tensor."""
-        _finite(values, where)
+    def encode(
+        self,
+        values: np.ndarray,
+        where: Where,
+        *,
+        key: Key,
+        warm: Tree | None,
+        entropy: Entropy,
+        checked: bool = True,
+    ) -> Written:
+        """float32 (n,), after the difference if there is one. checked: whether NaN and infinities are refused here,
+        by NumericError naming the tensor; a chain with loss always does.
+        """
+        if checked or self.lossy:
+            _finite(values, where)
         pieces: list[Bytes] = []
         side_bytes = 0
         for number, transform in enumerate(self.transforms):
@@ -116,7 +129,7 @@ class Chain:
             values, where, side, warm = transform.encode(values, where, key=keyed, warm=warm, entropy=entropy)
             pieces += [SIDE.pack(len(side)), side]
             side_bytes += len(side)
-        data = self.writer.encode(values, where, key=key.fold("writer"))
+        data = self.writer.encode(values, where, key=key)
         pieces.append(data if self.squeeze is None else self.squeeze.encode(data))
         return Written(tuple(pieces), where, side_bytes, SIDE.size * len(self.transforms), warm)
 
@@ -166,9 +179,12 @@ def _flattened(stages: Mapping[str, Any]) -> list[tuple[str, Any]]:
 def _finite(values: np.ndarray, where: Where) -> None:
     if not len(values):
         return
-    low, high = torch.aminmax(tensor_view(values))  # NaN comes through
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        at = int(np.flatnonzero(~np.isfinite(values))[0])
+    # NaN and infinities come through a sum, which takes a fifth of the time of looking at each value.
+    if math.isfinite(float(tensor_view(values).sum())):
+        return
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):  # not only a sum beyond float32
+        at = int(bad[0])
         raise NumericError(
             f"tensor {where.name_of(at)!r}: a value is {values[at]}, which cannot be sent; lower trainer.lr or set "
             "trainer.clip_norm"

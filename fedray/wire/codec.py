@@ -95,6 +95,8 @@ class Codec:
         """Parts of which receivers hold a copy that every download changes."""
         self.refers = any(way == "up" and chain.delta for (way, _), chain in self.chains.items())
         """Whether an upload changes what was sent down."""
+        # The last payload each way that was made to be read here: it has no checksum, and needs none.
+        self._unsealed: dict[Direction, bytes] = {}
         self._fed: dict[Direction, frozenset[str]] = {"down": self._feeding("down"), "up": self._feeding("up")}
 
     def feeds_back(self, direction: Direction) -> frozenset[str]:
@@ -124,9 +126,11 @@ class Codec:
         key: Key,
         reference: Trees = NOTHING,
         warm: Trees = NOTHING,
+        leaves: bool = True,
     ) -> Packet:
         """known: the mask that the receiver holds; reference: the parts that it holds, by name. A part that travels
-        as a change and is not among them is sent in full. Values travel on the support alone.
+        as a change and is not among them is sent in full. Values travel on the support alone. leaves: False for a
+        payload that only this codec will read, before it makes another one of that direction: no checksum is made.
 
         Raises NumericError, with part and tensor, where a value cannot be sent.
         """
@@ -137,7 +141,9 @@ class Codec:
                 raise ValueError(f"part {name!r} goes {direction}, but no policy declares it so in `parts`")
             support, own_code, own = self._support(part, message.mask)
             chain, whole = self.chain(direction, name, reference)
-            written = self._write(chain, name, part, reference, key.fold(name), warm.get(name))
+            # What is added up here is checked by the sum, value by value.
+            checked = leaves or direction == "down"
+            written = self._write(chain, name, part, reference, key.fold(name), warm.get(name), checked)
             if written.warm is not None:
                 kept_warm[name] = written.warm
             headers.append(
@@ -145,7 +151,9 @@ class Codec:
             )
             pieces.append(written.pieces)
             sizes.append(_size_of(name, chain, part, written, own_bytes=len(own)))
-        payload = packet.pack(mask_code, mask, headers, pieces)
+        payload = packet.pack(mask_code, mask, headers, pieces, sealed=leaves)
+        if not leaves:
+            self._unsealed[direction] = payload
         accounted = len(mask) + sum(size.total_bytes for size in sizes)
         # The mask's code is the one byte that an unchanged mask costs; without a mask it belongs to the frame.
         code_bytes = 0 if mask_code == NONE else 1
@@ -161,7 +169,7 @@ class Codec:
         self, payload: bytes, *, direction: Direction, known: Mask | None, reference: Trees = NOTHING
     ) -> Message:
         """The message that was encoded, with zeros outside each support. Raises WireError on a bad payload."""
-        frame = packet.unpack(payload)
+        frame = packet.unpack(payload, sealed=payload is not self._unsealed.get(direction))
         mask = self.masks.decode(frame.mask_code, frame.mask, known)
         parts: dict[str, Part] = {}
         for header, data in zip(frame.parts, frame.values, strict=True):
@@ -219,16 +227,17 @@ class Codec:
     def _way(self, direction: Direction) -> Way:
         return self.wire.down if direction == "down" else self.wire.up
 
-    def _write(self, chain: Chain, name: str, part: Part, reference: Trees, key: Key, warm: Tree | None) -> Written:
-        flat = part.value.flat
+    def _write(
+        self, chain: Chain, name: str, part: Part, reference: Trees, key: Key, warm: Tree | None, checked: bool
+    ) -> Written:
+        flat, where = part.value.flat, _where(part.value.layout, part.support)
         if chain.delta:
             flat = flat - reference[name].flat
         if part.support is not None:
             flat = flat[part.support.indices]
+        entropy = self.wire.entropy
         try:
-            return chain.encode(
-                flat.numpy(), _where(part.value.layout, part.support), key=key, warm=warm, entropy=self.wire.entropy
-            )
+            return chain.encode(flat.numpy(), where, key=key, warm=warm, entropy=entropy, checked=checked)
         except NumericError as error:
             raise NumericError(f"part {name!r}, {error}") from error
 
@@ -327,15 +336,13 @@ def _where(layout: Layout, support: Mask | None) -> Where:
 
 def _size_of(name: str, chain: Chain, part: Part, written: Written, *, own_bytes: int) -> PartSize:
     inner = written.inner
-    ends = np.diff(inner.bounds("tensor"))
-    weights = sum(int(count) for count, shape in zip(ends, inner.layout.shapes, strict=True) if len(shape) > 1)
     return PartSize(
         part=name,
         chain=chain.label,
         size=part.value.layout.size,
         kept=part.value.layout.size if part.support is None else len(part.support.indices),
         params=inner.size,
-        weights=weights,
+        weights=inner.num_weights,
         bits=chain.writer.bits,
         value_bytes=written.num_bytes - written.side_bytes - written.framing_bytes,
         mask_bytes=own_bytes + written.side_bytes,

@@ -54,8 +54,13 @@ class Frame:
     values: tuple[memoryview, ...]
 
 
-def pack(mask_code: int, mask: bytes, parts: Sequence[PartHeader], values: Sequence[Sequence[Bytes]]) -> bytes:
-    """The payload; values: the pieces of each part, whose lengths add up to the part's num_bytes."""
+def pack(
+    mask_code: int, mask: bytes, parts: Sequence[PartHeader], values: Sequence[Sequence[Bytes]], *, sealed: bool = True
+) -> bytes:
+    """The payload; values: the pieces of each part, whose lengths add up to the part's num_bytes.
+
+    sealed: whether to work out the checksum; it is zero otherwise, in a payload that is read where it was made.
+    """
     body: list[Bytes] = [mask, *(part.own for part in parts)]
     at = HEAD_BYTES + len(parts) * PART.size + sum(len(piece) for piece in body)
     for part, pieces in zip(parts, values, strict=True):
@@ -66,14 +71,19 @@ def pack(mask_code: int, mask: bytes, parts: Sequence[PartHeader], values: Seque
     headers = b"".join(
         PART.pack(p.index, p.support, p.mask_code, p.whole, len(p.own), p.num_bytes, p.weight) for p in parts
     )
-    checksum = zlib.crc32(headers, zlib.crc32(frame))
-    for piece in body:
-        checksum = zlib.crc32(piece, checksum)
+    checksum = 0
+    if sealed:
+        checksum = zlib.crc32(headers, zlib.crc32(frame))
+        for piece in body:
+            checksum = zlib.crc32(piece, checksum)
     return b"".join([frame, CHECKSUM.pack(checksum), headers, *body])
 
 
-def unpack(payload: bytes) -> Frame:
-    """Take a payload apart. Raises WireError where it is not one; allocates nothing but small headers and masks."""
+def unpack(payload: bytes, *, sealed: bool = True) -> Frame:
+    """Take a payload apart. Raises WireError where it is not one; allocates nothing but small headers and masks.
+
+    sealed: whether it has a checksum.
+    """
     if len(payload) < HEAD_BYTES:
         raise WireError(f"a payload of {len(payload)} bytes is too short for its frame of {HEAD_BYTES}")
     magic, version, num_parts, mask_code, mask_length, length = FRAME.unpack_from(payload)
@@ -82,9 +92,10 @@ def unpack(payload: bytes) -> Frame:
     if length != len(payload):
         raise WireError(f"a payload declares {length} bytes and has {len(payload)}")
     view = memoryview(payload)
-    (checksum,) = CHECKSUM.unpack_from(payload, FRAME.size)
-    if zlib.crc32(view[HEAD_BYTES:], zlib.crc32(view[: FRAME.size])) != checksum:
-        raise WireError(f"the checksum of a payload of {length} bytes does not match its content")
+    if sealed:
+        (checksum,) = CHECKSUM.unpack_from(payload, FRAME.size)
+        if zlib.crc32(view[HEAD_BYTES:], zlib.crc32(view[: FRAME.size])) != checksum:
+            raise WireError(f"the checksum of a payload of {length} bytes does not match its content")
     at = HEAD_BYTES + num_parts * PART.size
     if at > length:
         raise WireError(f"a payload of {length} bytes is too short for the headers of {num_parts} parts")

@@ -53,6 +53,14 @@ class Where:
         starts = _starts(self.layout, level)
         return starts if self.positions is None else np.searchsorted(self.positions, starts)
 
+    @property
+    def num_weights(self) -> int:
+        """How many of the values lie in tensors of two or more dimensions."""
+        if self.positions is None:
+            return _num_weights(self.layout)
+        counts = np.diff(self.bounds("tensor"))
+        return sum(int(n) for n, shape in zip(counts, self.layout.shapes, strict=True) if len(shape) > 1)
+
     def pick(self, chosen: np.ndarray) -> Where:
         """The coordinates of values[chosen]; chosen: ascending indices, int64."""
         return Where(self.layout, chosen if self.positions is None else self.positions[chosen])
@@ -60,6 +68,11 @@ class Where:
     def name_of(self, index: int) -> str:
         """The tensor of the value at `index`."""
         return self.layout.locate(index if self.positions is None else int(self.positions[index]))
+
+
+@lru_cache(maxsize=64)
+def _num_weights(layout: Layout) -> int:
+    return sum(size for size, shape in zip(layout.sizes, layout.shapes, strict=True) if len(shape) > 1)
 
 
 @lru_cache(maxsize=64)
