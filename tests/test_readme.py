@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -13,13 +14,18 @@ import pytest
 import yaml
 
 import fedray
+from fedray import wire
 from fedray.config import conf_folder, register
 from fedray.errors import ConfigError
+from fedray.report.conventions import CONVENTIONS
+from fedray.track.store import read_transfers
+from fedray.wire.masks import CODER_NAMES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+WIRE = (ROOT / "docs" / "wire.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^`(mine/\S+)`\n\n```(?:python|yaml)\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
-SHELL = "\n".join(re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
+SHELL = "\n".join(re.findall(r"^```bash\n(.*?)^```", README + WIRE, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
 COMMANDS = [
     [*takewhile(lambda word: word != "#", shlex.split(line))]
     for line in SHELL.splitlines()
@@ -88,7 +94,7 @@ def test_the_kubernetes_example_has_the_shape_of_a_ray_job() -> None:
 
 
 def test_every_file_that_the_documents_link_to_exists() -> None:
-    for document in ("README.md", "CONTRIBUTING.md"):
+    for document in ("README.md", "CONTRIBUTING.md", "docs/wire.md"):
         text = (ROOT / document).read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             assert target.startswith("https://") or (ROOT / target).is_file(), (document, target)
@@ -109,3 +115,38 @@ def test_every_metric_of_the_readme_is_in_a_row(tmp_path: Path) -> None:
     names = [name for name in re.findall(r"`([a-z]+/[a-z_/<>]+|digest)`", table) if "<" not in name]
     assert len(names) >= 15
     assert [name for name in names if name not in run.final] == []
+
+
+def test_the_transfer_of_the_wire_page_is_what_a_run_records(tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in re.findall(r"^{.*}$", WIRE, re.MULTILINE)]
+    run = fedray.run(
+        [
+            "+experiment=quickstart",
+            "wire=topk_int8",
+            "rounds=2",
+            "pruner.start=1",
+            "pruner.finish=2",
+            "runtime=inline",
+            "tracker.progress=none",
+            "tracker.wandb.mode=disabled",
+        ],
+        folder=tmp_path / "run",
+    )
+    recorded = [
+        row for row in read_transfers(run.folder) if (row["round"], row["client"], row["direction"]) == (1, 3, "up")
+    ]
+    counts = ("size", "params", "weights", "bits", "chain", "value_bytes", "header_bytes")
+    assert [[row[name] for name in counts] for row in recorded] == [[line[name] for name in counts] for line in lines]
+    # Which values are largest, and so how far apart, may differ with the processor's arithmetic.
+    assert recorded[1]["mask_bytes"] == pytest.approx(lines[1]["mask_bytes"], rel=0.02)
+
+
+def test_every_wire_is_in_the_readme_and_every_stage_and_convention_on_the_wire_page() -> None:
+    wires = {path.stem for path in (ROOT / "conf" / "wire").glob("*.yaml")}
+    (listed,) = re.findall(r"^`wire=([a-z0-9_|]+)`", README, re.MULTILINE)
+    assert set(listed.split("|")) | {"float32"} == wires
+    for name in wire.__all__:
+        if isinstance(getattr(wire, name), type) and hasattr(getattr(wire, name), "changes_only") and name != "Chain":
+            assert f"`{name}" in WIRE, name
+    assert [name for name in CONVENTIONS if f"`{name}`" not in WIRE] == []
+    assert [name for name in CODER_NAMES if name not in ("none", "known") and f"`{name}`" not in WIRE] == []
