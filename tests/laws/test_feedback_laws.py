@@ -6,9 +6,12 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from laws_support import MOMENTUM, PRUNERS, SIZES, WIRES, label, population, run, spec, way
 
-from fedray.errors import ConfigError
+from fedray.errors import ConfigError, NumericError
+from fedray.keys import Key
 from fedray.pruners import FedDST, Magnitude, NoPruning, Random
 from fedray.round import Message, Part, PartSpec
 from fedray.sim.client import Worker
@@ -386,3 +389,90 @@ def test_each_part_has_its_own_chain_and_pruned_coordinates_never_travel():
     assert not back["delta"].flat[~mask.flat].any()
     assert int(back["delta"].flat.count_nonzero()) == 5
     assert equal(back["evidence"], dense)
+
+
+# -- any message -----------------------------------------------------------------------------------------------------
+
+CHAINS = {"float32": (), **LOSSY}
+
+
+@st.composite
+def messages(draw):
+    """A message of one part under a mask or none: shapes with empty tensors and single elements, any density."""
+    shapes = draw(
+        st.lists(
+            st.one_of(st.just(()), st.tuples(st.integers(0, 9)), st.tuples(st.integers(1, 6), st.integers(1, 7))),
+            min_size=1,
+            max_size=4,
+        )
+    )
+    layout = Layout(tuple(f"t{at}" for at in range(len(shapes))), tuple(shapes))
+    scale = draw(st.sampled_from([1e-30, 1e-3, 1.0, 1e4]))
+    elements = st.floats(-1, 1, width=32)
+    drawn = draw(st.lists(elements, min_size=layout.size, max_size=layout.size))
+    flat = torch.tensor(drawn, dtype=torch.float32) * scale
+    share = draw(st.sampled_from([None, 0.0, 0.1, 0.5, 1.0]))
+    if share is None:
+        return Message().put("x", Part(value=Tree(layout, flat)))
+    kept = draw(st.lists(st.floats(0, 1), min_size=layout.size, max_size=layout.size))
+    mask = Mask(layout, torch.tensor([one < share for one in kept], dtype=torch.bool))
+    value = Tree(layout, torch.where(mask.flat, flat, torch.zeros(())))
+    return Message(mask=mask).put("x", Part(value=value, support=mask))
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(message=messages(), known=st.booleans(), seed=st.integers(0, 99))
+def test_any_message_comes_back_with_a_residual_that_is_what_it_lost(chain, message, known, seed):
+    part = message.parts["x"]
+    if chain == "powersgd" and message.mask is not None:
+        return
+    layout = part.value.layout
+    specs = {"x": PartSpec(layout=layout, direction="up")}
+    codec = Codec(specs, layout, layout.names, Wire(up=way(*CHAINS[chain], feedback=True)))
+    told = {"known": message.mask if known else None, "key": Key.of(seed), "direction": "up"}
+    packet = codec.encode(message, **told)
+    assert packet.payload == codec.encode(message, **told).payload
+    assert len(packet.payload) == sum(size.total_bytes for size in packet.sizes)
+    back = codec.decode(packet.payload, direction="up", known=told["known"])
+    assert back.mask == message.mask
+    lost = codec.residuals(message, back, {}, "up")
+    got, wanted = back["x"].flat, part.value.flat
+    assert torch.isfinite(got).all()
+    assert not got[~_kept(part)].any()
+    if chain == "float32":
+        assert equal(back["x"], part.value)
+        assert not lost
+        return
+    residual = lost["x"].flat
+    assert torch.equal(residual, wanted - got)
+    assert not residual[~_kept(part)].any()
+    if chain in SELECTION:
+        assert torch.equal(got + residual, wanted)
+        assert bool(((got == 0) | (got == wanted)).all())
+    else:
+        assert bool(((got + residual - wanted).abs() <= ulp_of_larger(got, residual)).all())
+    if chain == "int8":
+        for name, tensor in part.value.items():
+            step = float(tensor.abs().max()) / 127 if tensor.numel() else 0.0
+            error = (tensor - back["x"][name]).abs()
+            # Half a step, and what rounding the value that is decoded to float32 takes.
+            assert bool((error <= step / 2 * (1 + 1e-5) + 2e-45).all())
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("chain", CHAINS)
+def test_what_is_not_finite_is_refused_with_part_and_tensor(chain, bad):
+    codec = Codec(SPECS, LAYOUT, ("w",), Wire(up=way(*CHAINS[chain])))
+    for at, tensor in ((0, "w"), (11, "w"), (14, "b")):
+        flat = torch.arange(15.0)
+        flat[at] = bad
+        with pytest.raises(NumericError, match=rf"part 'delta', tensor '{tensor}'.*trainer\.lr"):
+            codec.encode(
+                Message().put("delta", Part(value=Tree(LAYOUT, flat))), direction="up", known=None, key=Key.of(0)
+            )
+    large = torch.full((15,), 3e38)  # finite, though their sum is not
+    if chain in ("float32", "topk", "int8", "threshold"):
+        message = Message().put("delta", Part(value=Tree(LAYOUT, large)))
+        packet = codec.encode(message, direction="up", known=None, key=Key.of(0))
+        assert torch.isfinite(codec.decode(packet.payload, direction="up", known=None)["delta"].flat).all()
