@@ -57,6 +57,7 @@ def run(
     Raises ConfigError and RunError.
     """
     from hydra import compose, initialize_config_dir
+    from omegaconf import open_dict
 
     from fedray.config import assemble, conf_folder, register
     from fedray.launch import execute
@@ -66,10 +67,13 @@ def run(
     _make_importable(config_dir)
     try:
         with initialize_config_dir(conf_folder(), version_base="1.3"):
-            cfg = compose("config", overrides=[*overrides, *added])
+            cfg = compose("config", overrides=[*overrides, *added], return_hydra_config=True)
     except Exception as error:
         raise _composition_error(error, overrides) from error
-    assembly = assemble(cfg, code_folder=None if config_dir is None else str(config_dir))
+    choices = {str(group): str(choice) for group, choice in cfg.hydra.runtime.choices.items()}
+    with open_dict(cfg):
+        del cfg["hydra"]
+    assembly = assemble(cfg, code_folder=None if config_dir is None else str(config_dir), choices=choices)
     if folder is None:
         folder = Path("outputs") / assembly.spec.name / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
     return execute(assembly, Path(folder))
@@ -177,7 +181,8 @@ def _job(cfg: DictConfig) -> None:
     code_folder = sources[0] if sources else None
     _make_importable(code_folder)
     try:
-        execute(assemble(cfg, code_folder=code_folder), folder)
+        choices = {str(group): str(choice) for group, choice in info.runtime.choices.items()}
+        execute(assemble(cfg, code_folder=code_folder, choices=choices), folder)
     except ConfigError:
         # Nothing started: leave no folder behind that looks like a run.
         with contextlib.suppress(OSError):
@@ -228,9 +233,6 @@ def _composition_error(error: BaseException, overrides: Sequence[str]) -> Config
         return ConfigError(f"{key} is {value!r}; it must be {NOUNS.get(kind, kind)}")
     if unknown:
         return ConfigError(_unknown_key(unknown.group(1), text, overrides))
-    no_group = re.search(r"Could not override '([^']+)'\. No match in the defaults list", text)
-    if no_group:
-        return ConfigError(f"{no_group.group(1)} is not a group; see python -m fedray --help")
     lines = [line.strip() for line in str(chain[0]).splitlines() if line.strip()]
     return ConfigError(" ".join(lines)[:500] or type(error).__name__)
 
@@ -325,7 +327,7 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, config_dir: str
         cfg = recorded(folder, overrides)
     except OmegaConfBaseException as error:
         raise _composition_error(error, overrides) from error
-    return go_on(folder, assemble(cfg, code_folder=code_folder))
+    return go_on(folder, assemble(cfg, code_folder=code_folder, choices=manifest.get("choices")))
 
 
 def _resume(arguments: list[str]) -> None:

@@ -176,8 +176,8 @@ class Assembly:
     facts: Mapping[str, Any]
 
 
-def assemble(cfg: DictConfig, *, code_folder: str | None = None) -> Assembly:
-    """Check everything and load the data. Raises ConfigError."""
+def assemble(cfg: DictConfig, *, code_folder: str | None = None, choices: Mapping[str, str] | None = None) -> Assembly:
+    """Check everything and load the data. choices: what was chosen of each group, for records. Raises ConfigError."""
     try:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -239,6 +239,7 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None) -> Assembly:
         },
         "partition": partition_hash,
         "code_folder": code_folder,
+        "choices": {group: choice for group, choice in (choices or {}).items() if group in config},
         "depends_on_time": any(policy.depends_on_time for _, policy in policies),
         "config": config,
     }

@@ -104,6 +104,9 @@ def _outcome(run: Path, name: str, manifest: Mapping[str, Any]) -> Outcome:
         for key, value in flattened({key: config[key] for key in config if key not in IGNORED}).items()
         if key.rsplit(".", 1)[-1] != "path"
     }
+    # What was chosen of each group names it better than the sum of its settings; those that differ within it follow.
+    choices = {group: choice for group, choice in manifest.get("choices", {}).items() if group not in IGNORED}
+    settings = choices | settings | choices
     if "data" in manifest:
         settings["data.digest"] = manifest["data"]["digest"]  # the same location may have held other data
     values: dict[str, float | None] = {}
@@ -118,16 +121,18 @@ def _outcome(run: Path, name: str, manifest: Mapping[str, Any]) -> Outcome:
 def _differing(groups: Sequence[Group]) -> list[str]:
     """Keys that tell the groups apart, in the order of the configuration.
 
-    The settings of a component count where they differ between groups that have the same component: another pruner
-    is one difference, not one for each of its settings. Keys are added until no two groups look alike.
+    The settings of a component count where they differ between groups that have the same component, and made the
+    same choice of its group: another pruner or wire is one difference, not one for each of its settings. Keys are
+    added until no two groups look alike.
     """
     keys = list(dict.fromkeys(key for group in groups for key in group.settings))
     chosen = set()
     for key in keys:
-        found: dict[str, set[str]] = defaultdict(set)
+        found: dict[tuple[str, str], set[str]] = defaultdict(set)
         for group in groups:
             if key in group.settings:
-                found[_cell(group, key.rpartition(".")[0])].add(_cell(group, key))
+                same = (_cell(group, key.partition(".")[0]), _cell(group, key.rpartition(".")[0]))
+                found[same if "." in key else ("", "")].add(_cell(group, key))
         if any(len(cells) > 1 for cells in found.values()):
             chosen.add(key)
     looks = [tuple(_cell(group, key) for key in keys if key in chosen) for group in groups]

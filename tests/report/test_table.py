@@ -60,6 +60,28 @@ def test_another_pruner_is_one_difference_and_not_one_for_each_of_its_settings(c
     assert "every" not in rows[0]
 
 
+def test_a_choice_of_a_group_is_one_column_and_what_differs_within_it_another(report, tmp_path):
+    """Wires are chains of different stages: their names tell them apart, not a column for every stage."""
+    wires = {
+        "float32": {"up": {"chain": {"float32": {"_target_": "w.Float32"}}, "feedback": False}},
+        "topk": {"up": {"chain": {"topk": {"_target_": "w.TopK", "fraction": 0.1}}, "feedback": True}},
+        "sign": {"up": {"chain": {"sign": {"_target_": "w.ScaledSign", "level": "tensor"}}, "feedback": True}},
+    }
+    without = {"up": {**wires["topk"]["up"], "feedback": False}}
+    for count, (name, wire) in enumerate([*wires.items(), ("topk", without)]):
+        report.write(
+            tmp_path / f"{count}", down=[], up=[], rounds=1, rows=[{"test/accuracy": 0.5}],
+            config={"wire": wire, "trainer": {"lr": 0.1}}, choices={"wire": name, "trainer": "sgd", "runtime": "ray"},
+        )  # fmt: skip
+    (rows,) = report.tables(report.table(tmp_path))
+    assert [list(row.items())[:2] for row in rows] == [
+        [("wire", "float32"), ("feedback", "False")],
+        [("wire", "sign"), ("feedback", "True")],
+        [("wire", "topk"), ("feedback", "False")],
+        [("wire", "topk"), ("feedback", "True")],
+    ]
+
+
 def test_no_two_lines_look_alike(cell, report, tmp_path):
     cell()
     cell(new_setting=3)  # an older run does not have it at all
