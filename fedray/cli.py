@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedray.errors import ConfigError, FedrayError
+from fedray.errors import ConfigError, FedrayError, RunError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments and arguments[0] in COMMANDS:
             COMMANDS[arguments[0]](arguments[1:])
+        elif arguments and arguments[0].isidentifier():
+            raise ConfigError(f"{arguments[0]} is no command; {_choice(arguments[0], list(COMMANDS))}")
         else:
             _hydra(arguments)
     except ConfigError as error:
@@ -95,12 +97,18 @@ def _hydra(arguments: list[str]) -> None:
     sys.argv = [program, *_options_first(arguments)]
     failures: list[FedrayError] = []
 
+    started = False
+
     def job(cfg: DictConfig) -> None:
+        nonlocal started
+        started = True
         # Hydra adds a line of its own to an error that it sees; and the other cells of a sweep shall go on.
         try:
             _job(cfg)
         except Interrupted as error:
             raise _Leave(error) from error
+        except BrokenPipeError as error:
+            raise _Leave(RunError("nobody reads the output any more; finished rounds are on disk")) from error
         except FedrayError as error:
             failures.append(error)
 
@@ -110,6 +118,14 @@ def _hydra(arguments: list[str]) -> None:
         raise leaving.error from None
     except (HydraException, OmegaConfBaseException) as error:
         raise _composition_error(error, arguments) from error
+    except OSError as error:
+        if started:
+            raise
+        raise ConfigError(f"hydra.run.dir cannot be made ({error}); name a folder that can be written to") from error
+    except ValueError as error:
+        if started:
+            raise
+        raise ConfigError(f"{error}; a group takes one of its names, as in wire=topk: see --help") from error
     except SystemExit as stop:
         if stop.code not in (0, None):
             raise ConfigError(f"Hydra stopped with exit code {stop.code}") from stop
@@ -190,6 +206,8 @@ def _job(cfg: DictConfig) -> None:
                 if "hydra" in child.relative_to(folder).parts:
                     child.rmdir() if child.is_dir() else child.unlink()
             folder.rmdir()
+            folder.parent.rmdir()  # only if nothing else is in it
+            folder.parent.parent.rmdir()
         raise
 
 
@@ -233,8 +251,22 @@ def _composition_error(error: BaseException, overrides: Sequence[str]) -> Config
         return ConfigError(f"{key} is {value!r}; it must be {NOUNS.get(kind, kind)}")
     if unknown:
         return ConfigError(_unknown_key(unknown.group(1), text, overrides))
+    ambiguous = re.search(r"Ambiguous value for argument '([^']*)'", text)
+    if ambiguous:
+        return ConfigError(f"{ambiguous.group(1)} has several values; to run each of them put -m in front")
+    merged = re.search(r"Error merging override (\S+)", text)
+    if merged:
+        key, _, value = merged.group(1).lstrip("+").partition("=")
+        return ConfigError(f"{key} is {value}; that cannot stand there: python -m fedray --cfg job shows what can")
     lines = [line.strip() for line in str(chain[0]).splitlines() if line.strip()]
     return ConfigError(" ".join(lines)[:500] or type(error).__name__)
+
+
+def _choice(word: str, words: Sequence[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(word, words, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(words)}; settings are written key=value"
 
 
 def _unknown_key(key: str, text: str, overrides: Sequence[str]) -> str:
@@ -262,6 +294,9 @@ def _unknown_key(key: str, text: str, overrides: Sequence[str]) -> str:
     if near:
         return f"{key} is not a setting; did you mean {prefix}{near[0]}?"
     listed = f"there are {', '.join(prefix + name for name in names)}" if names else "see python -m fedray --cfg job"
+    group = key.split(".")[0]
+    if "." in key:
+        listed += f"; another {group}=NAME may have it, and +{key} adds what is new"
     return f"{key} is not a setting; {listed}"
 
 
@@ -321,6 +356,12 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, config_dir: str
 
     folder = Path(folder)
     manifest = read_manifest(folder)
+    for override in overrides:
+        key = override.split("=", 1)[0]
+        if "=" in override and key.split(".")[0] not in ("rounds", "checkpoint", "runtime", "tracker"):
+            raise ConfigError(
+                f"{key} is another run's setting; only rounds, checkpoint, runtime and tracker may change"
+            )
     code_folder = manifest.get("code_folder") if config_dir is None else str(config_dir)
     _make_importable(code_folder)
     try:

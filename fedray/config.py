@@ -325,12 +325,14 @@ def _wire(config: Mapping[str, Any]) -> Wire:
         if not isinstance(way, Mapping):
             raise ConfigError(f"{group} is {way!r}; it holds chain, parts, feedback and decay, as in conf/wire")
         _only(way, ("chain", "parts", "feedback", "decay"), group)
-        feedback, decay = way.get("feedback", False), way.get("decay", 1.0)
+        feedback, decay, parts = way.get("feedback", False), way.get("decay", 1.0), way.get("parts") or {}
+        if not isinstance(parts, Mapping):
+            raise ConfigError(f"{group}.parts is {parts!r}; it holds chains by the name of a part, as in docs/wire.md")
         _refuse(not isinstance(feedback, bool), f"{group}.feedback", feedback, "write true or false")
         _refuse(not conforms(decay, float), f"{group}.decay", decay, "it is a number above 0 and at most 1")
         ways[name] = Way(
             chain=_stages(way.get("chain"), f"{group}.chain"),
-            parts={part: _stages(node, f"{group}.parts.{part}") for part, node in (way.get("parts") or {}).items()},
+            parts={part: _stages(node, f"{group}.parts.{part}") for part, node in parts.items()},
             feedback=feedback,
             decay=float(decay),
         )
@@ -697,7 +699,8 @@ def _closest(key: str, names: Sequence[str], prefix: str) -> str:
     near = difflib.get_close_matches(key, names, n=1)
     if near:
         return f"did you mean {prefix}{near[0]}?"
-    return f"there are {', '.join(names)}" if names else "there are none here"
+    there = f"there are {', '.join(names)}" if names else "there are none here"
+    return f"{there}; where an experiment sets it, add ~{prefix}{key}" if prefix else there
 
 
 def _first_line(error: BaseException) -> str:

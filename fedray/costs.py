@@ -188,7 +188,7 @@ class LogNormalLink:
     """Clients differ: both rates of a client are the medians times `exp(spread * z)`, z drawn once, standard normal.
 
     up_mbps, down_mbps: medians, megabit (1e6 bit) per second. latency_s: as in `FixedLink`, the same for all.
-    spread: standard deviation of the rate's logarithm, 0 or more; at 0.5 one client in six is below 0.61 medians.
+    spread: standard deviation of the rate's logarithm, 0 to 5; at 0.5 one client in six is below 0.61 medians.
     """
 
     up_mbps: float
@@ -198,7 +198,9 @@ class LogNormalLink:
 
     def __post_init__(self) -> None:
         _check_link(self.up_mbps, self.down_mbps, self.latency_s)
-        _not_negative(self.spread, "spread")
+        # Far beyond what links do, and no rate that is drawn comes near 0.
+        rule = "it must be from 0 to 5; at 0.5 one client in six is below 0.61 medians"
+        refuse(not 0 <= self.spread <= 5, "spread", self.spread, rule)
 
     def of(self, client: int, key: Key) -> FixedLink:
         factor = math.exp(self.spread * float(key.fold("link", client).numpy().standard_normal()))

@@ -231,10 +231,12 @@ class Policy(Generic[M, C]):
     such; C must be picklable, and equal memories mean that nothing changed.
 
     cuts: what kind of mask it makes; "weights" cuts single weights out of matrices, "none" makes none.
+    sends_each: whether `send` gives each client a message of its own; then downloads cannot follow each other.
     depends_on_time: whether the course of a run depends on how long things take; then it has only one price.
     """
 
     cuts: ClassVar[Literal["none", "weights"]] = "none"
+    sends_each: ClassVar[bool] = False
     depends_on_time: ClassVar[bool] = False
 
     def check(self, run: RunFacts) -> None:

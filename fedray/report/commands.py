@@ -7,20 +7,29 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedray.errors import ConfigError
-from fedray.report.conventions import CONVENTIONS, named
+from fedray.errors import ConfigError, FedrayError
+from fedray.report.conventions import CONVENTIONS, load_conventions, named
 from fedray.report.reprice import Setting, report, what_if
-from fedray.report.runs import find_runs
+from fedray.report.runs import find_runs, manifest_of
 from fedray.report.table import table
 
-Profile = Callable[[str, str], Any]
-"""(group, name) to the component of conf/<group>/<name>.yaml, None for `none`."""
-Make = Callable[[Mapping[str, Any]], Any]
-"""A recorded `_target_` node to its component."""
+Profile = Callable[[str, str, str | None], Any]
+"""(group, name, config_dir) to the component of <group>/<name>.yaml there or in conf, None for `none`."""
+Make = Callable[[Mapping[str, Any], str], Any]
+"""(a recorded `_target_` node, its group) to its component. Raises ConfigError."""
+UseCode = Callable[[str | None], None]
+"""Makes the code of a folder importable; None does nothing."""
+MOST = 10**12
+"""Of whatever is counted in a what-if."""
 
 
 def reprice_command(
-    arguments: Sequence[str], *, parser: type[argparse.ArgumentParser], profile: Profile, make: Make
+    arguments: Sequence[str],
+    *,
+    parser: type[argparse.ArgumentParser],
+    profile: Profile,
+    make: Make,
+    use_code: UseCode,
 ) -> None:
     """Print what runs cost under other conventions, devices and links; or a what-if without a run."""
     command = parser(
@@ -36,13 +45,24 @@ def reprice_command(
     command.add_argument(
         "--link", metavar="NAME", help="a profile of conf/link, or none, or up=10,down=50,latency=0.05 (Mbit/s, s)"
     )
+    command.add_argument(
+        "--config-dir", metavar="DIR", help="your own code and profiles; conventions.py in it adds to --as"
+    )
     command.add_argument("--params", type=int, metavar="N", help="what if: coordinates of a message, without a run")
     command.add_argument("--sparsity", metavar="S,...", help="what if: fractions removed, 0 to below 1; 0 without")
     command.add_argument("--bits", type=float, metavar="B", help="what if: bits of a value; 32 without")
     command.add_argument("--clients", type=int, metavar="C", help="what if: clients in a round; 1 without")
     command.add_argument("--rounds", type=int, metavar="R", help="what if: rounds; 1 without")
     options = command.parse_args(arguments)
-    print(_without_a_run(options) if options.params is not None else _of_runs(options, profile, make))
+    if options.config_dir is not None:
+        if not Path(options.config_dir).is_dir():
+            raise ConfigError(f"--config-dir is {options.config_dir!r}; it must be the folder of your own code")
+        use_code(options.config_dir)
+        load_conventions(Path(options.config_dir))
+    if options.params is not None:
+        print(_without_a_run(options))
+    else:
+        print(_of_runs(options, profile, make, use_code))
 
 
 def table_command(arguments: Sequence[str], *, parser: type[argparse.ArgumentParser]) -> None:
@@ -61,27 +81,60 @@ def _conventions() -> str:
     return "\n".join(["conventions (N coordinates, n values of b bits that travelled):", *lines])
 
 
-def _of_runs(options: argparse.Namespace, profile: Profile, make: Make) -> str:
+def _of_runs(options: argparse.Namespace, profile: Profile, make: Make, use_code: UseCode) -> str:
     for name in ("sparsity", "bits", "clients", "rounds"):
         if getattr(options, name) is not None:
             raise ConfigError(f"--{name} is for a what-if; give --params too, or leave it out to price runs")
     if not options.runs:
         raise ConfigError("fedray reprice needs the folder of a run or of a sweep, or --params for a what-if")
-    conventions = named(options.names)
     folders = list(dict.fromkeys(run for folder in options.runs for run in find_runs(folder)))
+    notes = [] if options.config_dir is not None else _own_conventions(folders, use_code)
+    try:
+        conventions = named(options.names)
+    except ConfigError as error:
+        raise ConfigError("; ".join([str(error), *notes])) from error
     chosen: dict[str, Any] = {}
     if options.device is not None:
-        chosen["device"] = profile("device", options.device)
+        chosen["device"] = profile("device", options.device, options.config_dir)
     if options.link is not None:
-        chosen["link"] = _link(options.link) if "=" in options.link else profile("link", options.link)
+        typed = "=" in options.link
+        chosen["link"] = _link(options.link) if typed else profile("link", options.link, options.config_dir)
 
-    def setting_of(config: Mapping[str, Any]) -> Setting:
-        # A run without either has an empty node, an older one has no node at all.
-        own = {group: make(config[group]) for group in ("device", "link") if group not in chosen and config.get(group)}
+    def setting_of(manifest: Mapping[str, Any]) -> Setting:
+        use_code(options.config_dir or manifest.get("code_folder"))
+        config, own, failure = manifest["config"], {}, None
+        for group in ("device", "link"):
+            # A run without either has an empty node, an older one has no node at all.
+            if group not in chosen and config.get(group):
+                try:
+                    own[group] = make(config[group], group)
+                except FedrayError as error:
+                    failure = failure or str(error)
         both = {"device": None, "link": None, **own, **chosen}
-        return Setting(**both, given=bool(chosen))
+        typed = {group: getattr(options, group) for group in chosen}
+        names = {group: name for group, name in manifest.get("choices", {}).items() if group in own} | typed
+        return Setting(**both, given=bool(chosen), names=names, failure=failure)
 
-    return report(folders, options.runs, conventions, setting_of)
+    return "\n".join([report(folders, options.runs, conventions, setting_of), *(f"- {note}." for note in notes)])
+
+
+def _own_conventions(folders: Sequence[Path], use_code: UseCode) -> list[str]:
+    """Add the conventions beside the code of the runs; notes on those that cannot be read."""
+    notes = []
+    code: dict[str, None] = {}
+    for folder in folders:
+        try:
+            if (found := manifest_of(folder).get("code_folder")) is not None:
+                code[found] = None
+        except (FedrayError, OSError):
+            continue  # the report says so
+    for found in code:
+        use_code(found)
+        try:
+            load_conventions(Path(found))
+        except ConfigError as error:
+            notes.append(str(error))
+    return notes
 
 
 def _link(text: str) -> Any:
@@ -103,7 +156,9 @@ def _link(text: str) -> Any:
     try:
         return LogNormalLink(**found) if "spread" in found else FixedLink(**found)
     except ConfigError as error:
-        raise ConfigError(f"--link is {text!r}: {error}") from error
+        # In the words of the command: `up`, not the field's own name.
+        told = next((str(error).replace(own, typed, 1) for typed, own in fields.items() if own in str(error)), error)
+        raise ConfigError(f"--link is {text!r}: {told}; write up=10,down=50,latency=0.05 (Mbps, s)") from error
 
 
 def _without_a_run(options: argparse.Namespace) -> str:
@@ -117,9 +172,11 @@ def _without_a_run(options: argparse.Namespace) -> str:
             raise ConfigError(f"--as {convention.name} reads recorded bytes; give the folder of a run, not --params")
     bits = 32.0 if options.bits is None else options.bits
     clients, rounds = (1 if number is None else number for number in (options.clients, options.rounds))
-    for name, value in (("params", options.params), ("bits", bits), ("clients", clients), ("rounds", rounds)):
-        if not value >= 1:
-            raise ConfigError(f"--{name} is {value}; it must be at least 1")
+    for name, value in (("params", options.params), ("clients", clients), ("rounds", rounds)):
+        if not 1 <= value <= MOST:
+            raise ConfigError(f"--{name} is {value}; it must be from 1 to {MOST:,}, as in --{name} 100")
+    if not 1 <= bits <= 64:
+        raise ConfigError(f"--bits is {bits:g}; it must be from 1 to 64, as in --bits 32 for float32")
     return what_if(
         params=options.params,
         sparsities=_sparsities(options.sparsity),

@@ -2,7 +2,10 @@
 
 A convention prices one row of transfers.jsonl, the share of one part in one payload: `row -> bytes`. With N = size
 (coordinates of the part), n = params (values that travelled), d = n / N and b = bits of a value, all but `measured`
-are formulas of these. Others can be added:
+are formulas of these. Others can be added,
+in a file conventions.py beside the user's own code, which `fedray reprice` imports (see `load_conventions`):
+
+    from fedray.report.conventions import convention
 
     @convention()
     def mine(row):
@@ -16,9 +19,12 @@ factors of a low-rank stage. Frames and headers cost nothing, except under `meas
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from fedray.errors import ConfigError
@@ -89,11 +95,35 @@ def named(names: str | None) -> list[Convention]:
         return list(CONVENTIONS.values())
     wanted = list(dict.fromkeys(name.strip() for name in names.split(",")))
     for name in wanted:
+        if not name:
+            raise ConfigError(
+                f"--as {names!r} has an empty name; write names with commas between, as in --as values,bitmap, or "
+                "leave --as out for all"
+            )
         if name not in CONVENTIONS:
             near = difflib.get_close_matches(name, CONVENTIONS, n=1)
             remedy = f"did you mean {near[0]}?" if near else f"there are {', '.join(CONVENTIONS)}"
             raise ConfigError(f"--as {name} is not a convention; {remedy}")
     return [CONVENTIONS[name] for name in wanted]
+
+
+def load_conventions(folder: Path) -> None:
+    """Import conventions.py of a folder, if there is one, once. Raises ConfigError if it cannot be imported."""
+    path = Path(folder).resolve() / "conventions.py"
+    module_name = f"fedray_conventions_of:{path}"  # runs of several folders may each have one
+    if module_name in sys.modules or not path.is_file():
+        return
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None, "a file that ends in .py has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        raise ConfigError(
+            f"'{path}' cannot be imported ({type(error).__name__}: {error}); repair or move it"
+        ) from error
 
 
 # -- the conventions -------------------------------------------------------------------------------------------------

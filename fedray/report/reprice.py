@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedray.errors import ConfigError
+from fedray.errors import ConfigError, FedrayError
 from fedray.report.conventions import CONVENTIONS, UNITS, Convention
-from fedray.report.runs import markdown, shown
-from fedray.track.store import Row, read_clients, read_manifest, read_rows, read_transfers
+from fedray.report.runs import manifest_of, markdown, shown, sized
+from fedray.report.settings import cell, differing, settings_of, short
+from fedray.track.store import ROUNDS_FILE, TRANSFERS_FILE, Row, read_clients, read_rows, read_transfers
 
 if TYPE_CHECKING:
     from fedray.costs import Device, Link
@@ -33,15 +34,30 @@ class Traffic:
 
     @cached_property
     def manifest(self) -> Row:
-        return read_manifest(self.folder)
+        return manifest_of(self.folder)
 
     @cached_property
+    def finished(self) -> list[Row]:
+        """The rows of the finished rounds."""
+        return read_rows(self.folder)
+
+    @property
     def rounds(self) -> int:
-        return len(read_rows(self.folder))
+        return len(self.finished)
 
     @cached_property
     def rows(self) -> list[Row]:
-        rows = read_transfers(self.folder)
+        """The transfers of the finished rounds."""
+        last = self.finished[-1] if self.finished else {"round": 0}
+        # The run may be going on: what it adds meanwhile does not count.
+        rows = [row for row in read_transfers(self.folder) if row["round"] <= last["round"]]
+        sent = round(sum(map(CONVENTIONS["measured"], rows)))
+        recorded = last.get("wire/total_bytes", sent)
+        if sent != recorded:
+            raise ConfigError(
+                f"'{self.folder}' is damaged: the transfers in {TRANSFERS_FILE} add up to {sent:,} bytes, and "
+                f"{ROUNDS_FILE} has {recorded:,} bytes in all; restore the files from a copy, or run again"
+            )
         if not rows:
             raise ConfigError(f"'{self.folder}' has no finished round with a transfer, so there is nothing to price")
         if any(name not in row for row in rows for name in MAKEUP):
@@ -53,9 +69,16 @@ class Traffic:
         """FLOPs of the local training by round and client."""
         pairs = {(row["round"], row["client"]) for row in self.rows}
         clients = {pair: row for row in read_clients(self.folder) if (pair := (row["round"], row["client"])) in pairs}
+        if missing := pairs - set(clients):
+            number, client = min(missing)
+            raise ConfigError(
+                f"'{self.folder}' is damaged: {len(missing):,} of {len(pairs):,} lines of clients are missing (the first "
+                f"of client {client} in round {number}), so what they computed is not known; restore the files from a "
+                "copy, run again, or leave the device out with --device none"
+            )
         if any("train_flops" not in row for row in clients.values()):
             raise self._older("its clients do not say how much they computed")
-        return {pair: clients[pair]["train_flops"] if pair in clients else 0.0 for pair in sorted(pairs)}
+        return {pair: clients[pair]["train_flops"] for pair in sorted(pairs)}
 
     @cached_property
     def pairs(self) -> int:
@@ -100,19 +123,37 @@ class Traffic:
 class Setting:
     """The device and the link that times are simulated for, either of which may be None.
 
-    given: whether the command named one; else they are those of the run.
+    given: whether the command named one; else they are those of the run. names: of the profiles, by group, where
+    they are known. failure: why the run's own cannot be made, which costs its times and nothing else.
     """
 
     device: Device | None
     link: Link | None
     given: bool
+    names: Mapping[str, str] = field(default_factory=dict)
+    failure: str | None = None
 
     def __bool__(self) -> bool:
-        return self.device is not None or self.link is not None
+        return self.failure is None and (self.device is not None or self.link is not None)
 
     def __str__(self) -> str:
-        device = "no device" if self.device is None else f"device {self.device.name}"
-        return f"{device}, {'no link' if self.link is None else self.link}"
+        device = "no device" if self.device is None else f"device {self._name('device', self.device)}"
+        if self.link is None:
+            return f"{device}, no link"
+        name, rates = self._name("link", self.link), _rates(self.link)
+        return f"{device}, link {name}" + (f" ({rates})" if rates else "")
+
+    def _name(self, group: str, component: Any) -> str:
+        return self.names.get(group) or str(getattr(component, "name", type(component).__name__))
+
+
+def _rates(link: Any) -> str:
+    """`6 up, 13 down Mbit/s, spread 0.7`; empty for a link that has no such fields."""
+    try:
+        spread = f", spread {link.spread:g}" if hasattr(link, "spread") else ""
+        return f"{link.up_mbps:g} up, {link.down_mbps:g} down Mbit/s{spread}"
+    except (AttributeError, TypeError, ValueError):
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,16 +203,22 @@ def report(
     folders: run directories. under: the folders that were asked for. setting_of: see `SettingOf`.
     """
     if len(folders) == 1:
-        return _one(Traffic(folders[0]), conventions, setting_of)
+        try:
+            return _one(Traffic(folders[0]), conventions, setting_of)
+        except (FedrayError, OSError) as error:
+            # Nothing ran, so whatever is wrong with the files is wrong with what was asked for.
+            raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
     return _several(folders, under, conventions, setting_of)
 
 
 SettingOf = Callable[[Mapping[str, Any]], Setting]
-"""From a run's configuration to the device and link that its times are for."""
+"""From a run's manifest to the device and link that its times are for."""
 
 
 def _one(run: Traffic, conventions: Sequence[Convention], setting_of: SettingOf) -> str:
-    setting = setting_of(run.manifest["config"])
+    setting = setting_of(run.manifest)
+    if setting.failure and setting.given:
+        raise ConfigError(f"{setting.failure}; name another with --device and --link, or none")
     if run.depends_on_time and setting.given:
         raise ConfigError(
             f"'{run.folder}' cannot be re-priced in time: its own decisions read the simulated time, so with another "
@@ -202,6 +249,8 @@ def _one(run: Traffic, conventions: Sequence[Convention], setting_of: SettingOf)
                 "Only the measured bytes have a time: this run's own decisions read it, so with other bytes it would "
                 "have been another run.",
             ]
+    elif setting.failure:
+        lines += ["", f"no simulated time: {setting.failure}"]
     return "\n".join(lines)
 
 
@@ -240,7 +289,7 @@ def _prices(run: Traffic, conventions: Sequence[Convention]) -> str:
 
 
 PRICE_HEADER = [
-    "convention", "up", "down", "both ways", "bytes both ways", "a client and round", "its bytes", "dense / this",
+    "convention", "up", "down", "both ways", "bytes both ways", "per client-round", "bytes per client-round", "dense / this",
 ]  # fmt: skip
 
 
@@ -271,43 +320,64 @@ def _durations(time: Time, run: Traffic, setting: Setting) -> list[str]:
     return [f"{time.seconds:,.2f}", f"{time.seconds / run.rounds:,.3f}", joules]
 
 
+MOST_SETTINGS = 3
+"""Devices and links of runs that are written out below their table."""
+
+
 def _several(
     folders: Sequence[Path], under: Sequence[Path], conventions: Sequence[Convention], setting_of: SettingOf
 ) -> str:
     """With one convention its amounts, with more the total of each; times under the first."""
     first = conventions[0]
-    header = ["run", "rounds"]
-    if len(conventions) == 1:
-        header += PRICE_HEADER[1:]
-    else:
-        header += [f"{convention.name} {convention.unit}" for convention in conventions]
-    lines, notes, timed = [], [], False
+    priced: list[tuple[Traffic, str, list[str]]] = []
+    timed: dict[str, None] = {}
+    notes, left_out = [], []
     for folder in folders:
         run, name = Traffic(folder), shown(folder, under)
         try:
-            cells = [name, str(run.rounds), *_totals(run, conventions)]
-            setting = setting_of(run.manifest["config"])
+            cells = [str(run.rounds), *_totals(run, conventions)]
+            setting = setting_of(run.manifest)
             times = ["-", "-", "-"]
             if setting and run.depends_on_time and (setting.given or first.name != "measured"):
                 notes.append(f"{name} has no other time: its own decisions read the simulated time.")
             elif setting:
-                times, timed = _durations(time_of(run, first, setting), run, setting), True
-        except ConfigError as error:
+                times = _durations(time_of(run, first, setting), run, setting)
+                timed[str(setting)] = None
+            elif setting.failure:
+                notes.append(f"{name} has no simulated time: {setting.failure}.")
+        except (FedrayError, OSError) as error:
+            left_out.append(str(error))
             notes.append(f"Left out: {error}.")
             continue
         if run.manifest["status"] != "finished":
             notes.append(f"{name} is {run.manifest['status']}: its {run.rounds} rounds count.")
-        lines.append(cells + times)
-    if not lines:
-        raise ConfigError(f"none of the {len(folders)} runs can be priced: {notes[0].removeprefix('Left out: ')}")
+        priced.append((run, name, cells + times))
+    if not priced:
+        raise ConfigError(f"none of the {len(folders)} runs can be priced: {left_out[0]}")
+    # Rounds have a column of their own: those that were finished.
+    told = [{**settings_of(run.manifest), "seed": run.manifest["config"]["seed"]} for run, _, _ in priced]
+    for settings in told:
+        settings.pop("rounds", None)
+    keys = differing(told)
+    names = short(keys)
+    header = ["run", *(names[key] for key in keys), "rounds"]
+    if len(conventions) == 1:
+        header += PRICE_HEADER[1:]
+    else:
+        header += [f"{convention.name} {convention.unit}" for convention in conventions]
+    lines = [
+        [name, *(cell(settings, key) for key in keys), *cells]
+        for (_, name, cells), settings in zip(priced, told, strict=True)
+    ]
     if timed:
         header += [f"seconds ({first.name})", "seconds a round", "joules"]
     else:
         lines = [line[:-3] for line in lines]
     text = [
-        markdown(header, lines),
+        markdown(header, lines, text=1 + len(keys)),
         "",
         "MB = 1e6 bytes, MiB = 2^20 bytes; both ways together where no way is named.",
+        *([f"Simulated time: {'; '.join(timed)}."] if 0 < len(timed) <= MOST_SETTINGS else []),
     ]
     return "\n".join(text + ([""] + [f"- {note}" for note in notes] if notes else []))
 
@@ -316,7 +386,7 @@ def _totals(run: Traffic, conventions: Sequence[Convention]) -> list[str]:
     if len(conventions) == 1:
         return _amounts(run, conventions[0])
     totals = [(sum(run.by_way(convention).values()), convention) for convention in conventions]
-    return [f"{total / UNITS[convention.unit]:,.2f}" for total, convention in totals]
+    return [sized(total / UNITS[convention.unit]) for total, convention in totals]
 
 
 # -- without a run ---------------------------------------------------------------------------------------------------
@@ -364,7 +434,7 @@ def what_if(
 
 
 def _amount(num_bytes: float, convention: Convention) -> str:
-    return f"{num_bytes / UNITS[convention.unit]:,.2f} {convention.unit}"
+    return f"{sized(num_bytes / UNITS[convention.unit])} {convention.unit}"
 
 
 def _ratio(dense: float, sent: float) -> str:

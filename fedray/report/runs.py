@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedray.errors import ConfigError
-from fedray.track.store import MANIFEST_FILE, ROUNDS_FILE
+from fedray.track.store import MANIFEST_FILE, ROUNDS_FILE, read_manifest
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -28,6 +29,15 @@ def find_runs(folder: Path) -> list[Path]:
     return found
 
 
+def manifest_of(run: Path) -> dict[str, Any]:
+    """The manifest of a run, with all that tables read of it. Raises ConfigError, or RunError as `read_manifest`."""
+    manifest = read_manifest(run)
+    config = manifest.get("config")
+    if not isinstance(config, Mapping) or type(config.get("seed")) is not int or "status" not in manifest:
+        raise ConfigError(f"'{run / MANIFEST_FILE}' does not say what ran; restore it from a copy, or run again")
+    return manifest
+
+
 def _natural(name: str) -> tuple[int, int, str]:
     """Sweeps number their cells: 10 comes after 9."""
     return (0, int(name), "") if name.isdecimal() else (1, 0, name)
@@ -38,6 +48,12 @@ def shown(run: Path, under: Sequence[Path]) -> str:
     if len(under) == 1 and run != under[0]:
         return str(run.relative_to(under[0]))
     return str(run)
+
+
+def sized(value: float) -> str:
+    """Two decimals, more for a small value: it has three significant digits, and only 0 is shown as 0."""
+    decimals = 2 if value == 0 or abs(value) >= 1 else 2 - math.floor(math.log10(abs(value)))
+    return f"{value:,.{decimals}f}"
 
 
 def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
+import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedray.errors import ConfigError
-from fedray.report.runs import find_runs, flattened, markdown, shown
-from fedray.track.store import read_manifest, read_rows
+from fedray.errors import ConfigError, FedrayError
+from fedray.report.runs import find_runs, manifest_of, markdown, shown, sized
+from fedray.report.settings import ABSENT, Settings, cell, closest, differing, order, settings_of, short
+from fedray.track.store import read_rows
 
-IGNORED = ("name", "seed", "runtime", "tracker", "checkpoint")
-"""Settings that do not change a result, and the seed; locations (every `path`) are ignored too."""
-ABSENT = "-"
 MEGABYTE = 1e6
-
-Settings = Mapping[str, Any]
+SHOWN = 3
+"""How many unfinished runs an error names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +45,6 @@ class Group:
         found = (outcome.values.get(metric) for outcome in self.outcomes)
         return [value for value in found if value is not None]
 
-    def mean(self, metric: str) -> float | None:
-        found = self.of(metric)
-        return statistics.fmean(found) if found else None
-
 
 def table(folder: Path, *, metric: str = "test/accuracy", rows: str | None = None, cols: str | None = None) -> str:
     """Markdown: a line for each setting under `folder`, or with `rows` and `cols` the metric by two settings.
@@ -69,144 +63,131 @@ def table(folder: Path, *, metric: str = "test/accuracy", rows: str | None = Non
 def _groups(folder: Path, metric: str) -> tuple[list[Group], list[str]]:
     """The groups, ordered by their settings, and notes on what was left out."""
     by_settings: dict[str, dict[int, Outcome]] = defaultdict(dict)
-    notes, known = [], set()
+    notes, known, unfinished, unread = [], set(), [], []
+    older_version: dict[str, bool] = {}
     for run in find_runs(folder):
-        manifest, name = read_manifest(run), shown(run, [folder])
-        if manifest["status"] != "finished":
-            notes.append(f"- {name} is left out: {manifest['status']}.")
+        name = shown(run, [folder])
+        try:
+            manifest = manifest_of(run)
+            status = manifest["status"]
+            outcome = _outcome(run, name, manifest) if status == "finished" else None
+        except (FedrayError, OSError) as error:
+            unread.append(str(error))
+            notes.append(f"- {name} is left out: {error}.")
             continue
-        outcome = _outcome(run, name, manifest)
+        if outcome is None:
+            unfinished.append((run, status))
+            notes.append(f"- {name} is left out: {status}.")
+            continue
         known |= set(outcome.values)
         if outcome.values.get(metric) is None:
             why = f"its last {metric} is not finite" if metric in outcome.values else f"it has no {metric}"
             notes.append(f"- {name} is left out: {why}.")
             continue
+        older_version[name] = "choices" not in manifest
         same = by_settings[repr(sorted(outcome.settings.items()))]
         if outcome.seed in same:
             older, outcome = sorted((same[outcome.seed], outcome), key=lambda one: one.started)
             notes.append(f"- {older.name} is left out: {outcome.name} repeats it with the same seed.")
         same[outcome.seed] = outcome
     if not by_settings:
-        if not known:
-            raise ConfigError(f"'{folder}' holds no finished run; finish one with fedray resume RUN")
         if metric in known:
             raise ConfigError(f"--metric {metric} is not finite at the end of any run; choose another")
-        raise ConfigError(f"--metric {metric} is in no run; {_closest(metric, sorted(known))}")
+        if known:
+            # Those of single layers come last.
+            names = sorted(known, key=lambda one: (one.count("/"), one))
+            raise ConfigError(f"--metric {metric} is in no run; {closest(metric, names)}")
+        raise _nothing_finished(folder, unfinished, unread)
+    if 0 < sum(older_version.values()) < len(older_version):
+        names = [name for name, older in older_version.items() if older]
+        notes.append(
+            f"- {_listed(names)} recorded by an older version of fedray, which did not keep the choices of groups; "
+            "lines of theirs may be the same setting as another line."
+        )
     groups = [Group(settings=next(iter(s.values())).settings, outcomes=list(s.values())) for s in by_settings.values()]
-    differing = _differing(groups)
-    return sorted(groups, key=lambda group: [_order(group.settings.get(key)) for key in differing]), notes
+    keys = differing([group.settings for group in groups])
+    return sorted(groups, key=lambda group: [order(group.settings.get(key)) for key in keys]), notes
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more} {'was' if len(names) == 1 else 'were'}"
+
+
+def _nothing_finished(folder: Path, unfinished: Sequence[tuple[Path, str]], unread: Sequence[str]) -> ConfigError:
+    if not unfinished:
+        return ConfigError(
+            f"'{folder}' holds no run that can be read: {unread[0]}"
+            if unread
+            else f"'{folder}' holds no finished run with a metric; run it for at least one round"
+        )
+    found = [f"'{run}' is {status}" for run, status in unfinished[:SHOWN]]
+    more = f" and {len(unfinished) - SHOWN} more" if len(unfinished) > SHOWN else ""
+    wait = "wait for it, or if it was cut off " if unfinished[0][1] == "running" else ""
+    return ConfigError(
+        f"'{folder}' holds no finished run: {', '.join(found)}{more}; {wait}go on with fedray resume {unfinished[0][0]}"
+    )
 
 
 def _outcome(run: Path, name: str, manifest: Mapping[str, Any]) -> Outcome:
-    config = manifest["config"]
-    settings = {
-        key: value
-        for key, value in flattened({key: config[key] for key in config if key not in IGNORED}).items()
-        if key.rsplit(".", 1)[-1] != "path"
-    }
-    # What was chosen of each group names it better than the sum of its settings; those that differ within it follow.
-    choices = {group: choice for group, choice in manifest.get("choices", {}).items() if group not in IGNORED}
-    settings = choices | settings | choices
-    if "data" in manifest:
-        settings["data.digest"] = manifest["data"]["digest"]  # the same location may have held other data
     values: dict[str, float | None] = {}
     for row in read_rows(run):
         values |= {key: value for key, value in row.items() if isinstance(value, int | float | None) and key != "round"}
-    return Outcome(name=name, seed=config["seed"], started=manifest["started"], settings=settings, values=values)
-
-
-# -- which settings differ -------------------------------------------------------------------------------------------
-
-
-def _differing(groups: Sequence[Group]) -> list[str]:
-    """Keys that tell the groups apart, in the order of the configuration.
-
-    The settings of a component count where they differ between groups that have the same component, and made the
-    same choice of its group: another pruner or wire is one difference, not one for each of its settings. Keys are
-    added until no two groups look alike.
-    """
-    keys = list(dict.fromkeys(key for group in groups for key in group.settings))
-    chosen = set()
-    for key in keys:
-        found: dict[tuple[str, str], set[str]] = defaultdict(set)
-        for group in groups:
-            if key in group.settings:
-                same = (_cell(group, key.partition(".")[0]), _cell(group, key.rpartition(".")[0]))
-                found[same if "." in key else ("", "")].add(_cell(group, key))
-        if any(len(cells) > 1 for cells in found.values()):
-            chosen.add(key)
-    looks = [tuple(_cell(group, key) for key in keys if key in chosen) for group in groups]
-    for key in keys:
-        alike: dict[tuple[str, ...], set[str]] = defaultdict(set)
-        for group, look in zip(groups, looks, strict=True):
-            alike[look].add(_cell(group, key))
-        if any(len(cells) > 1 for cells in alike.values()):
-            chosen.add(key)
-            looks = [(*look, _cell(group, key)) for group, look in zip(groups, looks, strict=True)]
-    return [key for key in keys if key in chosen]
-
-
-def _short(keys: Sequence[str]) -> dict[str, str]:
-    """Each key's last name where no other key ends in it, else the key."""
-    last = [key.rsplit(".", 1)[-1] for key in keys]
-    return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
-
-
-def _cell(group: Group, key: str) -> str:
-    return str(group.settings[key]) if key in group.settings else ABSENT
-
-
-def _order(value: Any) -> tuple[int, float, str]:
-    """Absent first, then numbers by size, then words."""
-    if value is None:
-        return (0, 0.0, "")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return (1, value, "")
-    return (2, 0.0, str(value))
+    return Outcome(
+        name=name,
+        seed=manifest["config"]["seed"],
+        started=manifest.get("started", ""),
+        settings=settings_of(manifest),
+        values=values,
+    )
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
 
 
 def _lines(groups: Sequence[Group], metric: str) -> str:
-    keys = _differing(groups)
-    short = _short(keys)
-    columns = [
-        ("sparsity at the end", "model/sparsity", 1.0, "{:.4f}"),
-        ("MB up", "wire/total_up_bytes", MEGABYTE, "{:,.2f}"),
-        ("MB down", "wire/total_down_bytes", MEGABYTE, "{:,.2f}"),
-        ("dense / sent", "wire/total_ratio", 1.0, "{:,.2f}"),
+    keys = differing([group.settings for group in groups])
+    names = short(keys)
+    columns: list[tuple[str, str, Callable[[Sequence[float]], str]]] = [
+        ("sparsity at the end", "model/sparsity", lambda found: f"{statistics.fmean(found):.4f}"),
+        ("MB up", "wire/total_up_bytes", _megabytes),
+        ("MB down", "wire/total_down_bytes", _megabytes),
+        ("dense / sent", "wire/total_ratio", lambda found: f"{statistics.fmean(found):,.2f}"),
     ]
     columns = [column for column in columns if any(group.of(column[1]) for group in groups)]
     lines = [
         [
-            *(_cell(group, key) for key in keys),
+            *(cell(group.settings, key) for key in keys),
             str(len(group.outcomes)),
             _spread(group.of(metric)),
-            *(
-                ABSENT if (mean := group.mean(name)) is None else form.format(mean / unit)
-                for _, name, unit, form in columns
-            ),
+            *(form(found) if (found := group.of(name)) else ABSENT for _, name, form in columns),
         ]
         for group in groups
     ]
-    return markdown([*(short[k] for k in keys), "seeds", metric, *(c[0] for c in columns)], lines, text=len(keys))
+    return markdown([*(names[k] for k in keys), "seeds", metric, *(c[0] for c in columns)], lines, text=len(keys))
 
 
 def _pivot(groups: Sequence[Group], metric: str, rows: str, cols: str) -> str:
+    if "seed" in (rows, cols):
+        groups = [
+            Group(settings={**group.settings, "seed": outcome.seed}, outcomes=[outcome])
+            for group in groups
+            for outcome in group.outcomes
+        ]
     keys = list(dict.fromkeys(key for group in groups for key in group.settings))
     row, col = (_resolve(key, keys, option) for key, option in ((rows, "--rows"), (cols, "--cols")))
     cells: dict[tuple[str, str], list[Group]] = defaultdict(list)
     for group in groups:
-        cells[_cell(group, row), _cell(group, col)].append(group)
+        cells[cell(group.settings, row), cell(group.settings, col)].append(group)
     for (at, across), several in cells.items():
         if len(several) > 1:
             raise ConfigError(
                 f"the cell {rows}={at}, {cols}={across} has {len(several)} settings, which differ in "
-                f"{', '.join(_differing(several))}; give the folder of fewer runs, or leave out --rows and --cols"
+                f"{', '.join(differing([group.settings for group in several]))}; give the folder of fewer runs, or "
+                "leave out --rows and --cols"
             )
-    down = [_cell(g, row) for g in sorted(groups, key=lambda g: _order(g.settings.get(row)))]
-    across_ = [_cell(g, col) for g in sorted(groups, key=lambda g: _order(g.settings.get(col)))]
+    down = [cell(g.settings, row) for g in sorted(groups, key=lambda g: order(g.settings.get(row)))]
+    across_ = [cell(g.settings, col) for g in sorted(groups, key=lambda g: order(g.settings.get(col)))]
     lines = [
         [at, *(_spread(cells[at, to][0].of(metric)) if (at, to) in cells else ABSENT for to in dict.fromkeys(across_))]
         for at in dict.fromkeys(down)
@@ -221,16 +202,23 @@ def _resolve(key: str, keys: Sequence[str], option: str) -> str:
         return found[0]
     if found:
         raise ConfigError(f"{option} {key} may be {' or '.join(found)}; write one of them in full")
-    raise ConfigError(f"{option} {key} is not a setting of these runs; {_closest(key, keys)}")
+    raise ConfigError(f"{option} {key} is not a setting of these runs; {closest(key, keys)}")
 
 
 def _spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation of the sample, which one value does not have."""
-    deviation = f"{statistics.stdev(values):.4f}" if len(values) > 1 else ABSENT
-    return f"{statistics.fmean(values):.4f} ± {deviation}"
+    """Mean and standard deviation of the sample, which one value does not have, with decimals that suit the mean."""
+    mean = statistics.fmean(values)
+    if all(isinstance(value, int) for value in values) and len(set(values)) == 1:
+        decimals = 0  # a count
+    elif abs(mean) < 10:
+        decimals = 4 if mean == 0 or abs(mean) >= 0.001 else 3 - math.floor(math.log10(abs(mean)))
+    else:
+        decimals = 2 if abs(mean) < 1000 else 0
+    deviation = f"{statistics.stdev(values):,.{decimals}f}" if len(values) > 1 else ABSENT
+    return f"{mean:,.{decimals}f} ± {deviation}"
 
 
-def _closest(name: str, names: Sequence[str]) -> str:
-    short = {known.rsplit(".", 1)[-1]: known for known in names}
-    near = difflib.get_close_matches(name, [*names, *short], n=1)
-    return f"did you mean {short.get(near[0], near[0])}?" if near else f"there are {', '.join(names)}"
+def _megabytes(values: Sequence[float]) -> str:
+    """Mean, and the deviation where seeds differ."""
+    mean = sized(statistics.fmean(values) / MEGABYTE)
+    return mean if len(set(values)) == 1 else f"{mean} ± {sized(statistics.stdev(values) / MEGABYTE)}"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedray.errors import ClientError, FedrayError, WireError
+from fedray.errors import ClientError, ConfigError, FedrayError, WireError
 from fedray.keys import Key
 from fedray.models.task import layouts, prunable_names
 from fedray.round import Context, Fit, Job, Message, Server
@@ -449,4 +449,12 @@ def codec_of(module: nn.Module, spec: RunSpec) -> Codec:
     for _, policy in spec.policies:
         parts.update(policy.parts(params, buffers))
     cuts = any(policy.cuts == "weights" for _, policy in spec.policies)
-    return Codec(parts, params, prunable_names(module, spec.task.scope), spec.wire, unstructured=cuts)
+    wire = Codec(parts, params, prunable_names(module, spec.task.scope), spec.wire, unstructured=cuts)
+    if wire.followed or wire.feeds_back("down"):
+        for name, policy in spec.policies:
+            if policy.sends_each:
+                raise ConfigError(
+                    f"wire.down.feedback is True; {name} sends each client a message of its own, and what was lost is "
+                    "kept once for all of them: set wire.down.feedback=false, and leave out delta"
+                )
+    return wire

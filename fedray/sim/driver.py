@@ -113,20 +113,21 @@ class Driver:
         for round in range(self.first_round, self.spec.rounds + 1):
             started = time.perf_counter()
             cohort = self.spec.sample_cohort(round)
-            download = self._download(round, cohort)
-            download_s = time.perf_counter() - started
-            handle = self.runtime.put(
-                Broadcast(round=round, server=self.server, memories=self.memories, cohort=cohort, download=download)
-            )
-            evaluations = [] if waiting is None else self._evaluations(waiting)
-            replies = self.runtime.start(handle, self._costs(cohort), evaluations)
-            for done in finished:
-                yield self._record(done)
-            finished = []
             try:
+                download = self._download(round, cohort)
+                download_s = time.perf_counter() - started
+                handle = self.runtime.put(
+                    Broadcast(round=round, server=self.server, memories=self.memories, cohort=cohort, download=download)
+                )
+                evaluations = [] if waiting is None else self._evaluations(waiting)
+                replies = self.runtime.start(handle, self._costs(cohort), evaluations)
+                while finished:
+                    yield self._record(finished.pop(0))
                 sums, results = self._gather(round, replies, waiting)
             except FedrayError:
-                # The round before is complete but for its evaluation: a failure now must not lose it.
+                # The rounds before are complete but for an evaluation: a failure now must not lose them.
+                for done in finished:
+                    yield self._record(done)
                 if waiting is not None:
                     yield self._finish(waiting)
                 raise
@@ -221,9 +222,17 @@ class Driver:
         if not (codec.followed or codec.feeds_back("down")):
             return None
         ctx, message = self._context(round, cohort), Message()
-        try:
-            for (_, policy), memory in zip(self.spec.policies, self.memories, strict=True):
+        for (name, policy), memory in zip(self.spec.policies, self.memories, strict=True):
+            try:
                 message = policy.send(self.server, message, memory, ctx)
+            except FedrayError:
+                raise
+            except Exception as error:
+                raise RunError(
+                    f"round {round}, {name}.send: {type(error).__name__}: {error}; downloads that are changes, or are "
+                    "fed back, are the same for all clients: a policy that sends each its own says `sends_each = True`"
+                ) from error
+        try:
             key = self.spec.download_key(round)
             download, self.downlink = advance(codec, message, self.downlink, round=round, key=key)
         except FedrayError as error:
@@ -351,7 +360,10 @@ class Driver:
         per_sample = costs.TRAIN_FACTOR * costs.masked_flops(self.flops, old_mask)
         self.train_flops += per_sample * sum(result.num_seen for result in results)
         row["model/train_flops"] = self.train_flops
-        row |= self._memory(mask)
+        memory = self._memory(mask)
+        row |= memory
+        if self.spec.hardware is not None:
+            row["device/memory_share"] = memory["model/peak_bytes"] / self.spec.hardware.memory_bytes
         row |= self.ledger.enter(transfer for result in results for transfer in result.transfers)
         row["time/train_s"] = sum(result.seconds for result in results)
         row["time/wire_s"] = done.download_s + sum(result.wire_seconds for result in results)

@@ -8,8 +8,9 @@ c = ceil(bit_length(size) / 8) bytes for a count:
     rice    1 + c + ceil((k (b + 1) + Q) / 8)    Golomb-Rice of the gaps, Q the sum of gap >> b over the gaps
     gaps    1 + a Zstandard frame                one byte a gap and one more for each 255 in it
     ans     1 + c + 4 words                      asymmetric numeral systems at the exact density: the entropy + 4 or so
+    bitmap_zstd  a Zstandard frame               the bitmap compressed: for patterns such as 2 of every 4
 
-The last three code the rarer of the kept and the dropped, so k is at most size / 2 there; their first byte says
+Rice, gaps and ans code the rarer of the kept and the dropped, so k is at most size / 2 there; their first byte says
 which. Equal sizes go to the earlier way. Decoders trust nothing: they raise WireError, and allocate no more than a
 fixed multiple of `size` and of the input.
 
@@ -28,7 +29,7 @@ import zstandard
 from fedray.errors import ConfigError, FedrayError, WireError
 from fedray.wire.values import Entropy, expect
 
-WAYS = ("bitmap", "list", "rice", "gaps", "ans")
+WAYS = ("bitmap", "list", "rice", "gaps", "ans", "bitmap_zstd")
 """Names by code, which is the first byte."""
 ESCAPE = 255  # a gap of 255 or more is written as 255s and a rest below 255
 DROPPED = 0x80  # in the first byte of rice, gaps and ans: it is the dropped positions that are coded
@@ -38,19 +39,22 @@ FRAME_BYTES = 10  # no Zstandard frame is of use below this
 def encode_positions(positions: np.ndarray, size: int, *, entropy: Entropy) -> bytes:
     """Ascending positions, int64 (k,), to bytes, in the cheapest of the ways that `entropy` admits.
 
-    none: bitmap, list and rice; zstd: gaps too; ans: ans too. Zstandard and ANS are not run where they cannot win:
-    a random set does not go below its entropy, and one that an analytic way already writes in less is not random.
-    Raises ConfigError where ans is asked for and the package is missing.
+    none: bitmap, list and rice; zstd: gaps and bitmap_zstd too; ans: ans too. Of gaps and bitmap_zstd one is tried:
+    the second where a bitmap is near the entropy, so that gaps could win by a pattern alone, and gaps are slow to make.
+    ANS is not run where its entropy is above another way's size. Raises ConfigError where ans is asked for and the
+    package is missing.
     """
     check_entropy(entropy)
     positions = np.asarray(positions, np.int64)
     analytic, least = sizes(positions, size), entropy_bytes(len(positions), size)
     way = min(analytic, key=lambda name: analytic[name])
     num_bytes, body = analytic[way], None
-    if entropy != "none" and num_bytes > FRAME_BYTES and not least <= num_bytes <= least + FRAME_BYTES:
-        gaps = encode_as("gaps", positions, size)
-        if len(gaps) < num_bytes:
-            way, num_bytes, body = "gaps", len(gaps), gaps
+    near = least <= num_bytes <= least + FRAME_BYTES
+    squeezed = "gaps" if not near else "bitmap_zstd" if way == "bitmap" else None
+    if entropy != "none" and num_bytes > FRAME_BYTES and squeezed is not None:
+        tried = encode_as(squeezed, positions, size)
+        if len(tried) < num_bytes:
+            way, num_bytes, body = squeezed, len(tried), tried
     if entropy == "ans" and 1 + _count_bytes(size) + least < num_bytes:
         ans = encode_as("ans", positions, size)
         if len(ans) < num_bytes:
@@ -127,6 +131,26 @@ def _decode_bitmap(body: memoryview, size: int) -> np.ndarray:
     return np.flatnonzero(unpack_bits(body, size, "a bitmap"))
 
 
+def _encode_bitmap_zstd(positions: np.ndarray, size: int) -> bytes:
+    return zstandard.ZstdCompressor(level=1).compress(_encode_bitmap(positions, size))
+
+
+def _decode_bitmap_zstd(body: memoryview, size: int) -> np.ndarray:
+    return _decode_bitmap(memoryview(_unzipped(body, _bytes_of(size), "a compressed bitmap")), size)
+
+
+def _unzipped(frame: memoryview, limit: int, what: str) -> bytes:
+    """The content of a Zstandard frame, of at most `limit` bytes. Raises WireError."""
+    try:
+        num_bytes = zstandard.frame_content_size(frame)
+        expect(0 <= num_bytes <= limit, f"{what} declares {num_bytes} bytes; at most {limit} fit")
+        # Bytes behind a frame without content are not seen by the library.
+        expect(num_bytes > 0 or len(frame) <= 2 * FRAME_BYTES, f"{what} has {len(frame)} bytes and no content")
+        return zstandard.ZstdDecompressor().decompress(frame, max_output_size=limit, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise WireError(f"{what} cannot be decompressed: {error}") from error
+
+
 def _encode_list(positions: np.ndarray, size: int) -> bytes:
     return np.packbits(_bits_of(positions, _width(size))).tobytes()
 
@@ -193,12 +217,7 @@ def _decode_gaps(body: memoryview, size: int) -> np.ndarray:
     expect(len(body) > 0 and not body[0] & ~DROPPED, "the gaps of positions have no valid first byte")
     # Each position costs one byte and each escape stands for 255 coordinates: never more than this.
     limit = size + size // ESCAPE + 1
-    try:
-        num_bytes = zstandard.frame_content_size(body[1:])
-        expect(0 <= num_bytes <= limit, f"gaps of {size} coordinates declare {num_bytes} bytes, at most {limit} fit")
-        raw = zstandard.ZstdDecompressor().decompress(body[1:], max_output_size=limit, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise WireError(f"the gaps of positions cannot be decompressed: {error}") from error
+    raw = _unzipped(body[1:], limit, f"a set of gaps of {size} coordinates")
     written = np.frombuffer(raw, np.uint8)
     expect(not len(written) or written[-1] != ESCAPE, "the last gap of positions has no end")
     ends = np.flatnonzero(written != ESCAPE)
@@ -235,8 +254,8 @@ def _decode_ans(body: memoryview, size: int) -> np.ndarray:
     return _select(coded, size, dropped)
 
 
-_ENCODERS = (_encode_bitmap, _encode_list, _encode_rice, _encode_gaps, _encode_ans)
-_DECODERS = (_decode_bitmap, _decode_list, _decode_rice, _decode_gaps, _decode_ans)
+_ENCODERS = (_encode_bitmap, _encode_list, _encode_rice, _encode_gaps, _encode_ans, _encode_bitmap_zstd)
+_DECODERS = (_decode_bitmap, _decode_list, _decode_rice, _decode_gaps, _decode_ans, _decode_bitmap_zstd)
 
 
 # -- what they share -------------------------------------------------------------------------------------------------

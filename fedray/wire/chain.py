@@ -77,9 +77,12 @@ class Chain:
             if kind is None:
                 raise ConfigError(f"{group}.{name} is a {type(stage).__name__}; it must be a stage of fedray.wire")
             if kinds and ORDER.index(kind) < ORDER.index(kinds[-1]):
-                raise ConfigError(f"{group}.{name} is a {kind}; it comes before every {kinds[-1]}: {RULE}")
+                raise ConfigError(f"{group}.{name} is a {NAMES[kind]}; it comes before a {NAMES[kinds[-1]]}: {RULE}")
             if kind != "transform" and kind in kinds:
-                raise ConfigError(f"{group}.{name} is a second {kind}; a chain has one at most: leave one out")
+                raise ConfigError(
+                    f"{group}.{name} is a second {NAMES[kind]}; a chain has one at most: leave one out, as in "
+                    f"{group}.{name}=null"
+                )
             if kind == "transform" and any(one.structured for one in (*found[kind], stage)) and found[kind]:
                 raise ConfigError(f"{group}.{name} cannot stand beside a low-rank stage; leave one of them out")
             kinds.append(kind)
@@ -155,6 +158,7 @@ class Chain:
 
 
 ORDER = ("delta", "transform", "writer", "squeeze")
+NAMES = dict(zip(ORDER, ("delta", "selection or low rank", "number format", "zstd"), strict=True))
 RULE = "a chain goes from delta to selection or low rank, then to a number format, then to zstd"
 
 

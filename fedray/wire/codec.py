@@ -69,8 +69,8 @@ class Packet:
 class Codec:
     """One wire: the parts that may cross, which coordinates may be cut, and how values are written each way.
 
-    Knows nothing of policies but their parts. Stateless: what the receiver knows is an argument, and so is what the
-    sender remembers.
+    Knows nothing of policies but their parts. What it is asked decides what it answers: what the receiver knows is an
+    argument, and so is what the sender remembers. It only caches.
     """
 
     def __init__(
@@ -98,6 +98,8 @@ class Codec:
         # The last payload each way that was made to be read here: it has no checksum, and needs none.
         self._unsealed: dict[Direction, bytes] = {}
         self._fed: dict[Direction, frozenset[str]] = {"down": self._feeding("down"), "up": self._feeding("up")}
+        self._refuse_idle("down", bool(self.followed))
+        self._refuse_idle("up", False)
 
     def feeds_back(self, direction: Direction) -> frozenset[str]:
         """The parts whose loss the sender keeps and adds to its next message.
@@ -251,6 +253,8 @@ class Codec:
         # A weight is a number of examples, or 1: never zero, negative or not finite.
         if not 0.0 < header.weight < np.inf:
             raise WireError(f"part {name!r} has weight {header.weight}; it must be above 0 and finite")
+        if header.support != OWN and (header.mask_code != NONE or header.own):
+            raise WireError(f"part {name!r} brings a mask of {len(header.own)} bytes that nothing refers to")
         if header.support == ALL:
             return name, None
         support: Mask | None = None
@@ -300,6 +304,18 @@ class Codec:
             self._check(chains[name], at, name, spec, direction, way, unstructured)
         return chains
 
+    def _refuse_idle(self, direction: Direction, followed: bool) -> None:
+        """Refuse settings of feedback that would do nothing."""
+        group, way = f"wire.{direction}", self._way(direction)
+        if way.decay != 1.0 and not self._fed[direction]:
+            why = "changes have all that was lost in them" if followed else "nothing is fed back here"
+            raise ConfigError(f"{group}.decay is {way.decay}; {why}, so leave it at 1.0")
+        if way.feedback and not (self._fed[direction] or followed):
+            raise ConfigError(
+                f"{group}.feedback is True; {group}.chain loses nothing that could be fed back: set it to false, or "
+                "choose a wire with loss"
+            )
+
     def _check(
         self, chain: Chain, at: str, name: str, spec: PartSpec, direction: Direction, way: Way, unstructured: bool
     ) -> None:
@@ -315,8 +331,8 @@ class Codec:
             )
         if spec.absolute and chain.changes_only:
             raise ConfigError(
-                f"{at} is {chain.label}; part {name!r} is no difference, and what such a chain leaves out would become "
-                "zero: put a delta before it (fedray.wire.Delta), or use a number format"
+                f"{at} is {chain.label}; part {name!r} is no difference, and such a chain would destroy what it does "
+                "not send: put a delta before it (fedray.wire.Delta), or use a number format alone"
             )
         if way.feedback and any(transform.unbiased_scale for transform in chain.transforms):
             raise ConfigError(

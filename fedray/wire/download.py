@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate, takewhile
 from typing import Any
 
 from fedray.keys import Key
@@ -16,6 +17,8 @@ from fedray.round import Message
 from fedray.tree import Mask
 from fedray.wire.codec import NOTHING, Codec, Packet, Trees
 from fedray.wire.ledger import PartSize, together
+
+REMEMBERED = 256  # payloads whose sizes are kept: who was away for longer gets the whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +28,7 @@ class Downlink:
     version:   the round of the last one; 0 before the first.
     held:      the parts that receivers of that version hold; mask: the mask that they hold.
     residuals: what was lost of parts that are not followed.
-    missed:    the sizes of the last payloads, newest last, as long as together they are smaller than the whole.
+    missed:    the sizes of the last payloads, newest last.
     """
 
     version: int = 0
@@ -53,7 +56,9 @@ class Download:
     change:  the payload for those who hold the version before; whole: the one for everybody else. Both None where
              nothing is followed: then each client's is made by its mask from `wanted`, the message with what earlier
              ones lost, which is None where it is not needed.
-    before, before_mask: what the change changes. missed: as in Downlink, this one included.
+    before, before_mask: what the change changes.
+    missed:  the sizes of the last payloads, newest last, this one included, as long as together they are smaller
+             than the whole.
     """
 
     version: int
@@ -79,36 +84,35 @@ def advance(codec: Codec, message: Message, state: Downlink, *, round: int, key:
     received = codec.decode(change.payload, direction="down", known=known, reference=state.held)
     residuals = codec.residuals(wanted, received, state.residuals, "down")
     if not codec.followed:
-        after = replace(state, version=round, mask=received.mask, residuals=residuals)
+        warm = {**state.warm, **change.warm}
+        after = replace(state, version=round, mask=received.mask, residuals=residuals, warm=warm)
         return Download(version=round, wanted=wanted), after
     held = {name: part.value for name, part in received.parts.items() if name in codec.followed}
     whole = change
     if not first:
         # Those who get the whole must decode the same bits: followed parts as they are held now, the others again.
         copy = {name: received.parts[name] if name in held else part for name, part in wanted.parts.items()}
-        whole = codec.encode(replace(wanted, parts=copy), direction="down", known=None, key=key, reference=NOTHING)
-    missed: list[tuple[PartSize, ...]] = []
-    total = 0
-    for sizes in reversed((*state.missed, change.sizes)):
-        total += sum(size.total_bytes for size in sizes)
-        # In the first round there is nothing that could have been missed: the whole is all there is.
-        if first or total >= len(whole.payload):
-            break
-        missed.insert(0, sizes)
+        whole = codec.encode(
+            replace(wanted, parts=copy), direction="down", known=None, key=key, reference=NOTHING, warm=state.warm
+        )
+    # In the first round there is nothing that could have been missed: the whole is all there is.
+    history = () if first else (*state.missed, change.sizes)[-REMEMBERED:]
+    totals = accumulate(sum(size.total_bytes for size in sizes) for sizes in reversed(history))
+    cheaper = sum(1 for _ in takewhile(lambda total: total < len(whole.payload), totals))
     after = Downlink(
         version=round,
         held=held,
         mask=received.mask,
         residuals=residuals,
         warm={**state.warm, **change.warm},
-        missed=tuple(missed),
+        missed=history,
     )
     download = Download(
         version=round,
-        change=change,
-        whole=whole,
+        change=replace(change, warm=NOTHING),
+        whole=replace(whole, warm=NOTHING),
         before=state.held,
         before_mask=state.mask,
-        missed=after.missed,
+        missed=history[len(history) - cheaper :],
     )
     return download, after

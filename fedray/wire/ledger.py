@@ -21,6 +21,7 @@ class PartSize:
     size:    coordinates of its layout; kept: of its support; params: values that travelled, after selection.
     weights: of params, those in tensors of two or more dimensions.
     bits:    nominal bits of one travelling value.
+    Counts are of all payloads together where several crossed.
     mask_coder: how the message's mask was written; only on "message".
     """
 
@@ -90,7 +91,9 @@ class Transfer:
                 "value_bytes": size.value_bytes,
                 "mask_bytes": size.mask_bytes,
                 "header_bytes": size.header_bytes,
-                **({"ratio": round(size.size * FLOAT_BYTES / size.total_bytes, 4)} if size.size else {}),
+                **(
+                    {"ratio": round(size.size * FLOAT_BYTES / self.payloads / size.total_bytes, 4)} if size.size else {}
+                ),
                 **several,
                 **({"mask_coder": size.mask_coder} if size.part == "message" else {}),
             }

@@ -3,7 +3,7 @@
 Bytes for n prunable coordinates in m prunable tensors of shapes (d0, d1, ...):
 
     none, known           0; the code alone says that nothing is masked or that the receiver has the mask
-    bitmap ... ans        as in `bits`, of the kept coordinates
+    bitmap ... bitmap_zstd  as in `bits`, of the kept coordinates
     seed                  16 + 4 m, the key and the counts that drew a random mask
     difference            4 + two sets of positions: the dropped among those that the last mask kept, and the grown
                           among the others; of a density d of which a share a changed, about
@@ -33,7 +33,7 @@ from fedray.wire.values import Entropy, expect
 
 CODER_NAMES = ("none", "known", *bits.WAYS, "seed", "difference", "structured", "tensors")
 """What the mask's one-byte code says: nothing is masked, the receiver knows it, or how it is written."""
-NONE, KNOWN, BITMAP, LIST, RICE, GAPS, ANS, SEED, DIFFERENCE, STRUCTURED, TENSORS = range(len(CODER_NAMES))
+NONE, KNOWN, BITMAP, LIST, RICE, GAPS, ANS, BITMAP_ZSTD, SEED, DIFFERENCE, STRUCTURED, TENSORS = range(len(CODER_NAMES))
 REMEMBERED = 64  # encodings: a global mask goes to many clients, who hold few different ones
 SET_BYTES = 8  # what a set of positions costs beside its entropy: its length, its way and the head of its body
 

@@ -11,6 +11,8 @@ from fedray.errors import WireError
 from fedray.round import refuse
 from fedray.wire.values import expect
 
+EMPTY_BYTES = 20  # no frame without content is longer
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +24,15 @@ class Zstd:
 
     level: int = 3
 
-    label = "zstd"
     lossy = False
     changes_only = False
 
     def __post_init__(self) -> None:
         refuse(not 1 <= self.level <= 22, "level", self.level, "it is 1 (fast) to 22 (small); 3 is a good start")
+
+    @property
+    def label(self) -> str:
+        return f"zstd:{self.level}"
 
     def encode(self, data: bytes | memoryview) -> bytes:
         """One frame that declares the size of its content."""
@@ -39,6 +44,8 @@ class Zstd:
             # What a frame declares is what gets allocated, so it is read first.
             declared = zstandard.frame_content_size(data)
             expect(declared == num_bytes, f"a zstd frame declares {declared} bytes; {num_bytes} were expected")
+            # Bytes behind a frame without content are not seen by the library.
+            expect(num_bytes > 0 or len(data) <= EMPTY_BYTES, f"an empty zstd frame has {len(data)} bytes")
             content = zstandard.ZstdDecompressor().decompress(data, max_output_size=num_bytes, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise WireError(f"{len(data)} bytes cannot be decompressed with zstd: {error}") from error

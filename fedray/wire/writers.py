@@ -136,7 +136,7 @@ class Uniform:
     q = round(x / step), written as q + 2^(bits-1) - 1 in `bits` bits, one after the other. 4 bytes a group of which
     anything is sent and ceil(n bits / 8) bytes. Rounding to nearest is off by half a step at most, and biased;
     stochastic rounding (up with the probability of the fraction that is left) is off by less than a step, and right
-    on average.
+    on average. To this comes the rounding of the decoded value to float32, which is felt above about 10 bits.
 
     bits:     of a value, 2 to 16.
     level:    what shares a step: "tensor", or "channel" (a slice along the first dimension).
@@ -289,7 +289,7 @@ class QSGD:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Sign:
-    """The sign of each value: one bit. A zero counts as plus.
+    """The sign of each value: one bit. A zero is plus or minus at random: always plus would push what stands still.
 
     Bernstein et al. 2018, "signSGD", algorithm 1. Both ends know the step, so nothing else is written:
     ceil(n / 8) bytes.
@@ -299,10 +299,13 @@ class Sign:
 
     step: float = 1.0
 
-    label = "sign"
     lossy = True
     changes_only = True
     bits = 1.0
+
+    @property
+    def label(self) -> str:
+        return f"sign:{self.step:g}"
 
     def __post_init__(self) -> None:
         refuse(not 1e-37 <= self.step <= 1e38, "step", self.step, "it is a positive magnitude, 1e-37 to 1e38; try 1.0")
@@ -311,7 +314,7 @@ class Sign:
         return _packed_size(where.size, 1)
 
     def encode(self, values: np.ndarray, where: Where, *, key: Key) -> bytes:
-        return _sign_bits(values)
+        return _sign_bits(values, key)
 
     def decode(self, data: memoryview, where: Where) -> np.ndarray:
         _expect_length(self.label, data, self.num_bytes(where))
@@ -323,7 +326,7 @@ class Sign:
 @final
 @dataclass(frozen=True, kw_only=True)
 class ScaledSign:
-    """The sign of each value, times the mean magnitude of its group. A zero counts as plus.
+    """The sign of each value, times the mean magnitude of its group. A zero is plus or minus at random.
 
     Karimireddy et al. 2019, "Error feedback fixes signSGD", algorithm 1 (EF-signSGD; here by tensor or channel). On
     what TopK keeps it is the ternary code of Sattler et al. 2019, "Robust and communication-efficient federated
@@ -352,7 +355,7 @@ class ScaledSign:
     def encode(self, values: np.ndarray, where: Where, *, key: Key) -> bytes:
         starts, lengths = _groups(where, self.level)
         means = np.add.reduceat(np.abs(values), starts, dtype=np.float64) / lengths
-        return b"".join([means.astype(np.float32).tobytes(), _sign_bits(values)])
+        return b"".join([means.astype(np.float32).tobytes(), _sign_bits(values, key)])
 
     def decode(self, data: memoryview, where: Where) -> np.ndarray:
         lengths = _groups(where, self.level)[1]
@@ -362,9 +365,13 @@ class ScaledSign:
         return values
 
 
-def _sign_bits(values: np.ndarray) -> bytes:
-    """A bit that is set for each negative value, the first in the lowest bit."""
-    return np.packbits(values < 0, bitorder="little").tobytes()
+def _sign_bits(values: np.ndarray, key: Key) -> bytes:
+    """A bit that is set for each negative value and for half of the zeros, the first in the lowest bit."""
+    minus = values < 0
+    if np.count_nonzero(values) < len(values):
+        zeros = np.flatnonzero(values == 0)
+        minus[zeros] = key.numpy().random(len(zeros), dtype=np.float32) < 0.5
+    return np.packbits(minus, bitorder="little").tobytes()
 
 
 def _signs(data: memoryview, count: int) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Error feedback and downloads that depend on earlier ones: nothing is lost for good, and everybody holds the same."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -10,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws_support import MOMENTUM, PRUNERS, SIZES, WIRES, label, population, run, spec, way
 
-from fedray.errors import ConfigError, NumericError
+from fedray.errors import ConfigError, NumericError, RunError
 from fedray.keys import Key
 from fedray.pruners import FedDST, Magnitude, NoPruning, Random
-from fedray.round import Message, Part, PartSpec
+from fedray.round import Message, Part, PartSpec, Policy
 from fedray.sim.client import Worker
+from fedray.sim.driver import Driver
 from fedray.sim.runtime import InlineRuntime
+from fedray.sim.spec import EvalSpec
 from fedray.strategies import FedAvg
 from fedray.train import LearningRate
 from fedray.tree import Layout, Mask, Tree, equal, sub
@@ -158,7 +161,7 @@ def test_decay_weakens_what_is_added():
 
 
 def test_without_feedback_or_loss_nothing_is_kept():
-    for wire in (Wire(), WIRES["float16"], Wire(up=way(feedback=True))):
+    for wire in (Wire(), WIRES["float16"], Wire(up=way(Zstd()))):
         given = spec(wire=wire)
         ran = run(given, population())
         assert all(not record.residuals and not record.warm for record in ran.driver.runtime.records.values())
@@ -317,6 +320,96 @@ def test_a_mask_that_moves_takes_the_followed_copy_with_it():
     assert not held.flat[~mask.flat].any()
 
 
+def test_the_whole_and_the_change_decode_to_the_same_bits_also_where_stages_start_warm():
+    layout = Layout(("w",), ((12, 10),))
+    specs = {
+        "params": PartSpec(layout=layout, direction="down", absolute=True),
+        "control": PartSpec(layout=layout, direction="down"),
+    }
+    parts = {"control": {"low rank": PowerSGD(rank=1, min_ratio=1.1)}}
+    codec = Codec(specs, layout, ("w",), Wire(down=way(Delta(), Uniform(bits=8), parts=parts, feedback=True)))
+    state, key = Downlink(), Key.of(0)
+    for round in range(1, 5):
+        message = Message()
+        for name in specs:
+            value = Tree(layout, torch.randn(120, generator=key.fold(round, name).torch()))
+            message = message.put(name, Part(value=value))
+        before = state
+        download, state = advance(codec, message, state, round=round, key=key.fold(round))
+        assert state.warm
+        if round == 1:
+            continue
+        change = codec.decode(download.change.payload, direction="down", known=None, reference=before.held)
+        whole = codec.decode(download.whole.payload, direction="down", known=None)
+        assert equal(change["params"], whole["params"])
+        assert equal(change["control"], whole["control"])
+        assert not download.change.warm
+
+
+def test_who_was_away_pays_the_least_of_what_it_missed_and_the_whole():
+    """Also when the whole was small for a while, because few weights were kept, and is large again."""
+    layout = Layout(("w",), ((100, 100),))
+    specs = {"params": PartSpec(layout=layout, direction="down", absolute=True)}
+    codec = Codec(specs, layout, ("w",), Wire(down=way(Delta(), Uniform(bits=8), feedback=True)))
+    state, key, sent = Downlink(), Key.of(0), {}
+    for round, share in enumerate([1.0, 1.0, 0.1, 0.1, 0.1, 1.0, 1.0], 1):
+        mask = Mask(layout, torch.rand(10_000, generator=key.fold("mask", share).torch()) < share)
+        value = Tree(layout, torch.randn(10_000, generator=key.fold(round).torch()) * mask.flat)
+        message = Message(mask=mask).put("params", Part(value=value, support=mask))
+        download, state = advance(codec, message, state, round=round, key=key.fold(round))
+        sent[round] = len(download.change.payload)
+        whole = len(download.whole.payload)
+        for version in range(1, round):
+            missed = sum(sent[r] for r in range(version + 1, round + 1))
+            found = download.sizes(version)
+            charged = whole if found is None else sum(size.total_bytes for size in found[0])
+            assert charged == min(missed, whole), (round, version)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Each(Policy):
+    """Sends every client a model of its own, or does as if it did not."""
+
+    sends_each: ClassVar[bool] = True
+
+    def send(self, server, message, memory, ctx):
+        value = Tree(server.params.layout, server.params.flat * (1 + ctx.client.id))
+        return message.put("params", Part(value=value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Silent(Each):
+    sends_each: ClassVar[bool] = False
+
+
+@pytest.mark.parametrize("wire", ["stc", "int8 with feedback on both sides"])
+def test_a_message_for_each_client_and_downloads_that_follow_each_other_are_refused(wire):
+    run(spec(NoPruning(), FedAvg(), Each(), wire=WIRES["int8"], rounds=1), population())
+    with pytest.raises(ConfigError, match=r"wire\.down\.feedback is True; each sends each client a message of its own"):
+        run(spec(NoPruning(), FedAvg(), Each(), wire=WIRES[wire]), population())
+    with pytest.raises(RunError, match=r"round 1, silent\.send: AttributeError: .* says `sends_each = True`"):
+        run(spec(NoPruning(), FedAvg(), Silent(), wire=WIRES[wire]), population())
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_download_that_cannot_be_made_loses_no_finished_round(every):
+    evaluation = EvalSpec(every=every, clients="cohort", batch_size=16)
+    half = way(Float16(), feedback=True)
+    given = spec(NoPruning(), FedAvg(lr=3e3), wire=Wire(down=half), rounds=12, evaluation=evaluation)
+    driver = Driver(given, population(), InlineRuntime(given, population()), Worker(given, population()))
+    finished = []
+
+    def drive():
+        for record in driver.rounds():
+            finished.append(record.row["round"])
+
+    with pytest.raises(NumericError, match=r"^the download of round (\d+): ") as raised:
+        drive()
+    failed = int(str(raised.value).split("round ")[1].split(":")[0])
+    assert finished == list(range(1, failed))
+    assert failed > 2
+
+
 # -- what cannot go together -----------------------------------------------------------------------------------------
 
 
@@ -341,10 +434,15 @@ REFUSED = {
     ),
     "wire.up.decay is 0.0; it is above 0": Wire(up=way(decay=0.0)),
     "wire.up.decay is 1.5; it is above 0": Wire(up=way(decay=1.5)),
-    "wire.up.chain.1 is a transform; it comes before every writer": Wire(up=way(Float16(), TopK(fraction=0.1))),
-    "wire.up.chain.1 is a second writer": Wire(up=way(Float16(), Uniform(bits=8))),
-    "wire.up.chain.1 is a writer; it comes before every squeeze": Wire(up=way(Zstd(), Float16())),
-    "wire.down.chain.1 is a delta; it comes before every transform": Wire(
+    "wire.up.decay is 0.5; nothing is fed back here": Wire(up=way(Float16(), decay=0.5)),
+    "wire.down.decay is 0.5; changes have all that was lost": Wire(down=way(Delta(), feedback=True, decay=0.5)),
+    "wire.up.feedback is True; wire.up.chain loses nothing": Wire(up=way(Zstd(), feedback=True)),
+    "wire.up.chain.1 is a selection or low rank; it comes before a number format": Wire(
+        up=way(Float16(), TopK(fraction=0.1))
+    ),
+    "wire.up.chain.1 is a second number format": Wire(up=way(Float16(), Uniform(bits=8))),
+    "wire.up.chain.1 is a number format; it comes before a zstd": Wire(up=way(Zstd(), Float16())),
+    "wire.down.chain.1 is a delta; it comes before a selection or low rank": Wire(
         down=way(TopK(fraction=0.1), Delta(), feedback=True)
     ),
     "wire.up.chain.1 cannot stand beside a low-rank stage": Wire(up=way(PowerSGD(rank=1), TopK(fraction=0.5))),
@@ -429,7 +527,7 @@ def test_any_message_comes_back_with_a_residual_that_is_what_it_lost(chain, mess
         return
     layout = part.value.layout
     specs = {"x": PartSpec(layout=layout, direction="up")}
-    codec = Codec(specs, layout, layout.names, Wire(up=way(*CHAINS[chain], feedback=True)))
+    codec = Codec(specs, layout, layout.names, Wire(up=way(*CHAINS[chain], feedback=chain != "float32")))
     told = {"known": message.mask if known else None, "key": Key.of(seed), "direction": "up"}
     packet = codec.encode(message, **told)
     assert packet.payload == codec.encode(message, **told).payload

@@ -64,7 +64,11 @@ def test_a_line_names_its_chain_and_counts_what_travelled():
         assert 0 < line["params"] <= line["kept"] <= line["size"]
         assert line["weights"] <= line["params"]
         assert line["ratio"] == pytest.approx(
-            4 * line["size"] / (line["value_bytes"] + line["mask_bytes"] + line["header_bytes"]), abs=1e-4
+            4
+            * line["size"]
+            / line.get("payloads", 1)
+            / (line["value_bytes"] + line["mask_bytes"] + line["header_bytes"]),
+            abs=1e-4,
         )
     assert chains == {
         ("down", "message"): {""},

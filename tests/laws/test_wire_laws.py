@@ -359,6 +359,8 @@ BAD = {
     "more values than the support": hand_made(mask_code=BITMAP, mask=bits_of(HALF), support=1),
     "a part twice": hand_made(parts=2),
     "a part in full that is never a change": hand_made(whole=1),
+    "a mask that nothing refers to": hand_made(own=bytes(5_000)),
+    "a mask's code that nothing refers to": hand_made(own_code=2),
     "a weight of nothing": hand_made(weight=0.0),
     "a weight that is no number": hand_made(weight=float("nan")),
     "a wrong checksum": hand_made()[:20] + bytes(4) + hand_made()[24:],

@@ -20,7 +20,7 @@ SIZES = (0, 1, 2, 7, 8, 9, 1000, 100_000)
 SHARES = (0.0, 1e-4, 0.01, 0.05, 0.3, 0.5, 0.7, 0.97, 1.0)
 ANALYTIC = ("bitmap", "list", "rice")
 ENTROPIES = ("none", "zstd", "ans")
-ADMITTED = {"none": ANALYTIC, "zstd": (*ANALYTIC, "gaps"), "ans": WAYS}
+ADMITTED = {"none": ANALYTIC, "zstd": (*ANALYTIC, "gaps", "bitmap_zstd"), "ans": WAYS}
 
 
 def needs(name):
@@ -181,12 +181,31 @@ def test_a_regular_set_goes_below_the_entropy_of_a_random_one():
     assert len(encode_positions(half, size, entropy="zstd")) < 50
 
 
+@pytest.mark.parametrize("pattern", [[True, False], [False, False, True, True]], ids=["every second", "2:4"])
+def test_a_pattern_of_half_goes_below_its_bitmap(pattern):
+    positions = np.flatnonzero(np.tile(pattern, 100_000 // len(pattern)))
+    data = encode_positions(positions, 100_000, entropy="zstd")
+    assert way_of(data) == "bitmap_zstd"
+    assert len(data) < 100
+    assert comes_back(decode_positions(data, 100_000), positions)
+
+
+def test_two_of_every_four_cost_about_their_own_entropy():
+    """Six patterns of four: log2(6) / 4 = 0.65 bits a coordinate, where a random half costs one."""
+    six = np.array([[a, b, c, d] for a in (0, 1) for b in (0, 1) for c in (0, 1) for d in (0, 1) if a + b + c + d == 2])
+    kept = six[Key.of(1).numpy().integers(0, 6, 25_000)].reshape(-1).astype(np.bool_)
+    data = encode_positions(np.flatnonzero(kept), 100_000, entropy="zstd")
+    assert way_of(data) == "bitmap_zstd"
+    assert len(data) < 1.05 * 100_000 * np.log2(6) / 4 / 8
+    assert len(encode_positions(np.flatnonzero(kept), 100_000, entropy="none")) == 1 + 12_500
+
+
 def test_zstandard_and_ans_are_not_run_where_they_cannot_win(monkeypatch):
     def refuse(positions, size):
         raise AssertionError("was run")
 
     pytest.importorskip("constriction")
-    monkeypatch.setattr(bits, "_ENCODERS", (*bits._ENCODERS[:3], refuse, refuse))
+    monkeypatch.setattr(bits, "_ENCODERS", (*bits._ENCODERS[:3], refuse, refuse, *bits._ENCODERS[5:]))
     for share in (0.0, 0.5, 1.0):
         encode_positions(drawn(100_000, share), 100_000, entropy="ans")
     with pytest.raises(AssertionError, match="was run"):

@@ -444,11 +444,23 @@ def test_a_norm_beyond_float32_is_refused_and_max_holds_it():
 
 @laws
 @given(case=cases())
-def test_sign_is_the_step_and_zero_counts_as_plus(case):
+def test_a_sign_is_decoded_to_the_step(case):
     where, values = case
-    assert there_and_back(Sign(), values, where).tolist() == [-1.0 if value < 0 else 1.0 for value in values]
+    decoded = there_and_back(Sign(), values, where)
+    assert decoded[values != 0].tolist() == np.sign(values[values != 0]).tolist()
     assert set(there_and_back(Sign(step=0.25), values, where).tolist()) <= {0.25, -0.25}
-    assert Sign().encode(frozen([1, -1, 0, -0.0, -2]), where_all((5,)), key=KEY) == bytes([0b10010])
+    assert Sign().encode(frozen([1, -1, 3, 1e-45, -2]), where_all((5,)), key=KEY) == bytes([0b10010])
+
+
+@pytest.mark.parametrize("writer", [Sign(step=0.5), ScaledSign()])
+def test_zeros_are_plus_and_minus_alike_so_that_what_stands_still_is_not_pushed(writer):
+    where, values = where_all((10_001,)), np.zeros(10_001, np.float32)
+    values[0] = 10_001.0
+    values.flags.writeable = False
+    decoded = there_and_back(writer, values, where)[1:]
+    assert abs(float(np.sign(decoded).sum())) < 4 * np.sqrt(10_000)  # within 4 sigma
+    other = writer.decode(memoryview(writer.encode(values, where, key=KEY.fold("other"))), where)[1:]
+    assert (other != decoded).any()
 
 
 @pytest.mark.parametrize("level", ["tensor", "channel"])
@@ -461,7 +473,9 @@ def test_scaled_sign_is_the_mean_magnitude_of_the_group(level, case):
     for group in groups_of(where, level):
         mean = np.float32(math.fsum(abs(float(values[i])) for i in group) / len(group))
         expected[group] = [-mean if values[i] < 0 else mean for i in group]
-    np.testing.assert_allclose(decoded, expected, rtol=2e-7, atol=1e-45)
+    zeros = values == 0  # of either sign
+    np.testing.assert_allclose(decoded[~zeros], expected[~zeros], rtol=2e-7, atol=1e-45)
+    np.testing.assert_allclose(np.abs(decoded), np.abs(expected), rtol=2e-7, atol=1e-45)
 
 
 # -- zstd ------------------------------------------------------------------------------------------------------------

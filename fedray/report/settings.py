@@ -1,0 +1,90 @@
+"""The settings of runs, flattened, and which of them tell the runs apart."""
+
+from __future__ import annotations
+
+import difflib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedray.report.runs import flattened
+
+IGNORED = ("name", "seed", "runtime", "tracker", "checkpoint")
+"""Settings that do not change a result, and the seed; locations (every `path`) are ignored too."""
+ABSENT = "-"
+LISTED = 8
+
+Settings = Mapping[str, Any]
+
+
+def settings_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run was told to do by dotted key, without what is ignored."""
+    config = manifest["config"]
+    settings = {
+        key: value
+        for key, value in flattened({key: config[key] for key in config if key not in IGNORED}).items()
+        if key.rsplit(".", 1)[-1] != "path"
+    }
+    # What was chosen of each group names it better than the sum of its settings; those that differ within it follow.
+    choices = {group: choice for group, choice in manifest.get("choices", {}).items() if group not in IGNORED}
+    settings = choices | settings | choices
+    if "data" in manifest:
+        settings["data.digest"] = manifest["data"]["digest"]  # the same location may have held other data
+    return settings
+
+
+def differing(several: Sequence[Settings]) -> list[str]:
+    """Keys that tell the settings apart, in the order of the configuration.
+
+    The settings of a component count where they differ between runs that have the same component, and made the
+    same choice of its group: another pruner or wire is one difference, not one for each of its settings. Keys are
+    added until no two look alike.
+    """
+    keys = list(dict.fromkeys(key for settings in several for key in settings))
+    chosen = set()
+    for key in keys:
+        found: dict[tuple[str, str], set[str]] = defaultdict(set)
+        for settings in several:
+            if key in settings:
+                same = (cell(settings, key.partition(".")[0]), cell(settings, key.rpartition(".")[0]))
+                found[same if "." in key else ("", "")].add(cell(settings, key))
+        if any(len(cells) > 1 for cells in found.values()):
+            chosen.add(key)
+    looks = [tuple(cell(settings, key) for key in keys if key in chosen) for settings in several]
+    for key in keys:
+        alike: dict[tuple[str, ...], set[str]] = defaultdict(set)
+        for settings, look in zip(several, looks, strict=True):
+            alike[look].add(cell(settings, key))
+        if any(len(cells) > 1 for cells in alike.values()):
+            chosen.add(key)
+            looks = [(*look, cell(settings, key)) for settings, look in zip(several, looks, strict=True)]
+    return [key for key in keys if key in chosen]
+
+
+def short(keys: Sequence[str]) -> dict[str, str]:
+    """Each key's last name where no other key ends in it, else the key."""
+    last = [key.rsplit(".", 1)[-1] for key in keys]
+    return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
+
+
+def cell(settings: Settings, key: str) -> str:
+    return str(settings[key]) if key in settings else ABSENT
+
+
+def order(value: Any) -> tuple[int, float, str]:
+    """Absent first, then numbers by size, then words."""
+    if value is None:
+        return (0, 0.0, "")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return (1, value, "")
+    return (2, 0.0, str(value))
+
+
+def closest(name: str, names: Sequence[str]) -> str:
+    """What to write instead of a name that is none of `names`, which come with the most useful first."""
+    last = {known.rsplit(".", 1)[-1]: known for known in names}
+    near = difflib.get_close_matches(name, [*names, *last], n=1)
+    if near:
+        return f"did you mean {last.get(near[0], near[0])}?"
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"there are {', '.join(names[:LISTED])}{more}"
