@@ -73,9 +73,8 @@ class Float16:
         return 2 * where.size
 
     def encode(self, values: np.ndarray, where: Where, *, key: Key) -> memoryview:
-        half = tensor_view(values).to(torch.float16).view(torch.int16).numpy()
-        _refuse_infinite(half, 0x7C00, values, where, "float16, which ends at 65504; use wire=float32, wire=bfloat16")
-        return half.view(np.uint8).data
+        remedy = "float16, which ends at 65504; use wire=float32, wire=bfloat16"
+        return _narrow(values, where, torch.float16, 0x7C00, remedy)
 
     def decode(self, data: memoryview, where: Where) -> np.ndarray:
         return _widen(self.label, data, where, torch.float16)
@@ -99,22 +98,23 @@ class BFloat16:
         return 2 * where.size
 
     def encode(self, values: np.ndarray, where: Where, *, key: Key) -> memoryview:
-        half = tensor_view(values).to(torch.bfloat16).view(torch.int16).numpy()
-        _refuse_infinite(half, 0x7F80, values, where, "bfloat16, which ends at 3.3895e38; use wire=float32")
-        return half.view(np.uint8).data
+        remedy = "bfloat16, which ends at 3.3895e38; use wire=float32"
+        return _narrow(values, where, torch.bfloat16, 0x7F80, remedy)
 
     def decode(self, data: memoryview, where: Where) -> np.ndarray:
         return _widen(self.label, data, where, torch.bfloat16)
 
 
-def _refuse_infinite(half: np.ndarray, infinity: int, values: np.ndarray, where: Where, remedy: str) -> None:
-    """half: int16 (n,), the bits of values rounded; infinity: those of +inf, whose sign bit is the 16th."""
+def _narrow(values: np.ndarray, where: Where, dtype: torch.dtype, infinity: int, remedy: str) -> memoryview:
+    """float32 (n,) to two bytes a value; infinity: the bits of +inf, whose sign bit is the 16th. Raises NumericError."""
+    half = tensor_view(values).to(dtype).view(torch.int16).numpy()
     # Two reductions and no temporary array: +inf is the largest as signed, -inf the largest as unsigned.
     if len(half) and (half.max() >= infinity or half.view(np.uint16).max() >= infinity + 0x8000):
         at = int(np.argmax((half & 0x7FFF) >= infinity))
         raise NumericError(
             f"a value of {values[at]:g} in tensor {where.name_of(at)!r} does not fit {remedy} or lower trainer.lr"
         )
+    return half.view(np.uint8).data
 
 
 def _widen(label: str, data: memoryview, where: Where, dtype: torch.dtype) -> np.ndarray:
