@@ -383,17 +383,18 @@ def _resume(arguments: list[str]) -> None:
 def _reprice(arguments: list[str]) -> None:
     from fedray.report.commands import reprice_command
 
-    def profile(group: str, name: str) -> Any:
-        from fedray.config import profile  # torch and Hydra, which prices alone do not need
+    # Both import torch and Hydra, which prices alone do not need.
+    def profile(group: str, name: str, config_dir: str | None) -> Any:
+        from fedray.config import profile
 
-        return profile(group, name)
+        return profile(group, name, config_dir)
 
-    def make(node: Any) -> Any:
+    def make(node: Any, group: str) -> Any:
         from fedray.config import component
 
-        return component(node, "device or link")
+        return component(node, group)
 
-    reprice_command(arguments, parser=_Parser, profile=profile, make=make)
+    reprice_command(arguments, parser=_Parser, profile=profile, make=make, use_code=_make_importable)
 
 
 def _table(arguments: list[str]) -> None:

@@ -546,15 +546,18 @@ def component(node: Mapping[str, Any], group: str) -> Any:
     return _make(node, group) if node else None
 
 
-def profile(group: str, name: str) -> Any:
-    """The component of conf/<group>/<name>.yaml; None for `none`. Raises ConfigError."""
-    folder = Path(conf_folder()) / group
-    names = sorted(path.stem for path in folder.glob("*.yaml"))
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names)}"
+def profile(group: str, name: str, config_dir: str | None = None) -> Any:
+    """The component of conf/<group>/<name>.yaml, or of the same file in config_dir; None for `none`.
+
+    Raises ConfigError.
+    """
+    folders = [Path(conf_folder()) / group, *([] if config_dir is None else [Path(config_dir) / group])]
+    files = {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+    if name not in files:
+        near = difflib.get_close_matches(name, files, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(files)}"
         raise ConfigError(f"{group} profile {name!r} does not exist; {hint}")
-    node = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"))
+    node = OmegaConf.to_container(OmegaConf.load(files[name]))
     return component(typing.cast(dict[str, Any], node), group)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from fedray.errors import ConfigError, FedrayError
 from fedray.report.conventions import CONVENTIONS, load_conventions, named
 from fedray.report.reprice import Setting, report, what_if
-from fedray.report.runs import find_runs, manifest_of
+from fedray.report.runs import find_runs, manifest_of, sentence
 from fedray.report.table import table
 
 Profile = Callable[[str, str, str | None], Any]
@@ -111,11 +111,12 @@ def _of_runs(options: argparse.Namespace, profile: Profile, make: Make, use_code
                 except FedrayError as error:
                     failure = failure or str(error)
         both = {"device": None, "link": None, **own, **chosen}
-        typed = {group: getattr(options, group) for group in chosen}
-        names = {group: name for group, name in manifest.get("choices", {}).items() if group in own} | typed
+        names = {group: name for group, name in manifest.get("choices", {}).items() if group in own and name != "none"}
+        names |= {group: getattr(options, group) for group in chosen}
         return Setting(**both, given=bool(chosen), names=names, failure=failure)
 
-    return "\n".join([report(folders, options.runs, conventions, setting_of), *(f"- {note}." for note in notes)])
+    text = report(folders, options.runs, conventions, setting_of)
+    return "\n".join([text, *([""] if notes else []), *(f"- {sentence(note)}" for note in notes)])
 
 
 def _own_conventions(folders: Sequence[Path], use_code: UseCode) -> list[str]:

@@ -83,6 +83,8 @@ def convention(
 
     def register(price: Price) -> Price:
         name = price.__name__
+        if name in CONVENTIONS and price.__module__ != __name__ == CONVENTIONS[name].price.__module__:
+            raise ConfigError(f"{name} is a convention of fedray's own; give yours another name")
         CONVENTIONS[name] = Convention(name=name, price=price, ways=ways, unit=unit, recorded=recorded, once=once)
         return price
 
@@ -114,7 +116,8 @@ def load_conventions(folder: Path) -> None:
     if module_name in sys.modules or not path.is_file():
         return
     spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None and spec.loader is not None, "a file that ends in .py has a loader"
+    assert spec is not None, "a file that ends in .py has a spec"
+    assert spec.loader is not None, "and a loader"
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedray.errors import ConfigError, FedrayError
 from fedray.report.conventions import CONVENTIONS, UNITS, Convention
-from fedray.report.runs import manifest_of, markdown, shown, sized
+from fedray.report.runs import manifest_of, markdown, sentence, shown, sized
 from fedray.report.settings import cell, differing, settings_of, short
 from fedray.track.store import ROUNDS_FILE, TRANSFERS_FILE, Row, read_clients, read_rows, read_transfers
 
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 WAYS = ("down", "up")
 Pair = tuple[int, int]  # round, client
-MAKEUP = ("chain", "size", "kept", "params", "weights", "bits")
+MAKEUP = (
+    "client", "direction", "part", "chain", "size", "kept", "params", "weights", "bits", "value_bytes", "mask_bytes",
+    "header_bytes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Traffic:
         last = self.finished[-1] if self.finished else {"round": 0}
         # The run may be going on: what it adds meanwhile does not count.
         rows = [row for row in read_transfers(self.folder) if row["round"] <= last["round"]]
+        if any(name not in row for row in rows for name in MAKEUP):
+            raise self._older("its transfers do not say what they were made of")
         sent = round(sum(map(CONVENTIONS["measured"], rows)))
         recorded = last.get("wire/total_bytes", sent)
         if sent != recorded:
@@ -60,8 +65,6 @@ class Traffic:
             )
         if not rows:
             raise ConfigError(f"'{self.folder}' has no finished round with a transfer, so there is nothing to price")
-        if any(name not in row for row in rows for name in MAKEUP):
-            raise self._older("its transfers do not say what they were made of")
         return rows
 
     @cached_property
@@ -72,9 +75,9 @@ class Traffic:
         if missing := pairs - set(clients):
             number, client = min(missing)
             raise ConfigError(
-                f"'{self.folder}' is damaged: {len(missing):,} of {len(pairs):,} lines of clients are missing (the first "
-                f"of client {client} in round {number}), so what they computed is not known; restore the files from a "
-                "copy, run again, or leave the device out with --device none"
+                f"'{self.folder}' is damaged: {len(missing):,} of {len(pairs):,} lines of clients are missing (the "
+                f"first of client {client} in round {number}), so what they computed is not known; restore the files "
+                "from a copy, run again, or leave the device out with --device none"
             )
         if any("train_flops" not in row for row in clients.values()):
             raise self._older("its clients do not say how much they computed")
@@ -95,7 +98,13 @@ class Traffic:
         if convention.name not in self._priced:
             total: dict[Pair, dict[str, float]] = defaultdict(lambda: dict.fromkeys(WAYS, 0.0))
             for row in self.rows:
-                total[row["round"], row["client"]][row["direction"]] += convention(row)
+                try:
+                    total[row["round"], row["client"]][row["direction"]] += convention(row)
+                except Exception as error:  # of the user's own
+                    raise ConfigError(
+                        f"the convention {convention.name} cannot price part {row['part']} of round {row['round']} in "
+                        f"'{self.folder}' ({type(error).__name__}: {error}); correct it, or leave it out of --as"
+                    ) from error
             self._priced[convention.name] = dict(total)
         return self._priced[convention.name]
 
@@ -218,7 +227,9 @@ SettingOf = Callable[[Mapping[str, Any]], Setting]
 def _one(run: Traffic, conventions: Sequence[Convention], setting_of: SettingOf) -> str:
     setting = setting_of(run.manifest)
     if setting.failure and setting.given:
-        raise ConfigError(f"{setting.failure}; name another with --device and --link, or none")
+        raise ConfigError(
+            f"{setting.failure}; say where its code is with --config-dir, or give both --device and --link"
+        )
     if run.depends_on_time and setting.given:
         raise ConfigError(
             f"'{run.folder}' cannot be re-priced in time: its own decisions read the simulated time, so with another "
@@ -289,7 +300,8 @@ def _prices(run: Traffic, conventions: Sequence[Convention]) -> str:
 
 
 PRICE_HEADER = [
-    "convention", "up", "down", "both ways", "bytes both ways", "per client-round", "bytes per client-round", "dense / this",
+    "convention", "up", "down", "both ways", "bytes both ways", "per client-round", "bytes per client-round",
+    "dense / this",
 ]  # fmt: skip
 
 
@@ -316,8 +328,9 @@ def _times(run: Traffic, conventions: Sequence[Convention], setting: Setting) ->
 
 
 def _durations(time: Time, run: Traffic, setting: Setting) -> list[str]:
-    joules = "-" if setting.device is None else f"{time.joules:,.2f}"
-    return [f"{time.seconds:,.2f}", f"{time.seconds / run.rounds:,.3f}", joules]
+    joules = "-" if setting.device is None else sized(time.joules)
+    each = time.seconds / run.rounds
+    return [sized(time.seconds), f"{each:,.3f}" if each >= 1 or each == 0 else sized(each), joules]
 
 
 MOST_SETTINGS = 3
@@ -344,10 +357,10 @@ def _several(
                 times = _durations(time_of(run, first, setting), run, setting)
                 timed[str(setting)] = None
             elif setting.failure:
-                notes.append(f"{name} has no simulated time: {setting.failure}.")
+                notes.append(f"{name} has no simulated time: {sentence(setting.failure)}")
         except (FedrayError, OSError) as error:
             left_out.append(str(error))
-            notes.append(f"Left out: {error}.")
+            notes.append(f"Left out: {sentence(error)}")
             continue
         if run.manifest["status"] != "finished":
             notes.append(f"{name} is {run.manifest['status']}: its {run.rounds} rounds count.")

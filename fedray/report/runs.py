@@ -50,6 +50,11 @@ def shown(run: Path, under: Sequence[Path]) -> str:
     return str(run)
 
 
+def sentence(error: object) -> str:
+    """The text of an error with one full stop: some end in one, some do not."""
+    return f"{str(error).rstrip('.')}."
+
+
 def sized(value: float) -> str:
     """Two decimals, more for a small value: it has three significant digits, and only 0 is shown as 0."""
     decimals = 2 if value == 0 or abs(value) >= 1 else 2 - math.floor(math.log10(abs(value)))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedray.errors import ConfigError, FedrayError
-from fedray.report.runs import find_runs, manifest_of, markdown, shown, sized
+from fedray.report.runs import find_runs, manifest_of, markdown, sentence, shown, sized
 from fedray.report.settings import ABSENT, Settings, cell, closest, differing, order, settings_of, short
 from fedray.track.store import read_rows
 
@@ -73,7 +73,7 @@ def _groups(folder: Path, metric: str) -> tuple[list[Group], list[str]]:
             outcome = _outcome(run, name, manifest) if status == "finished" else None
         except (FedrayError, OSError) as error:
             unread.append(str(error))
-            notes.append(f"- {name} is left out: {error}.")
+            notes.append(f"- {name} is left out: {sentence(error)}")
             continue
         if outcome is None:
             unfinished.append((run, status))
@@ -94,8 +94,8 @@ def _groups(folder: Path, metric: str) -> tuple[list[Group], list[str]]:
         if metric in known:
             raise ConfigError(f"--metric {metric} is not finite at the end of any run; choose another")
         if known:
-            # Those of single layers come last.
-            names = sorted(known, key=lambda one: (one.count("/"), one))
+            # Those of tests come first, those of single layers last.
+            names = sorted(known, key=lambda one: (one.count("/"), not one.startswith("test/"), one))
             raise ConfigError(f"--metric {metric} is in no run; {closest(metric, names)}")
         raise _nothing_finished(folder, unfinished, unread)
     if 0 < sum(older_version.values()) < len(older_version):

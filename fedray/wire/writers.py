@@ -106,7 +106,7 @@ class BFloat16:
 
 
 def _narrow(values: np.ndarray, where: Where, dtype: torch.dtype, infinity: int, remedy: str) -> memoryview:
-    """float32 (n,) to two bytes a value; infinity: the bits of +inf, whose sign bit is the 16th. Raises NumericError."""
+    """float32 (n,) to two bytes a value; infinity: the bits of +inf, the sign left out. Raises NumericError."""
     half = tensor_view(values).to(dtype).view(torch.int16).numpy()
     # Two reductions and no temporary array: +inf is the largest as signed, -inf the largest as unsigned.
     if len(half) and (half.max() >= infinity or half.view(np.uint16).max() >= infinity + 0x8000):

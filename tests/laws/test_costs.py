@@ -269,7 +269,9 @@ def test_a_drawn_link_belongs_to_the_client_and_the_seed():
         (lambda: FixedLink(up_mbps=0, down_mbps=1), "up_mbps is 0"),
         (lambda: FixedLink(up_mbps=1, down_mbps=math.inf), "down_mbps is inf"),
         (lambda: LogNormalLink(up_mbps=1, down_mbps=1, latency_s=-1), "latency_s is -1"),
-        (lambda: LogNormalLink(up_mbps=1, down_mbps=1, spread=-0.1), "spread is -0.1"),
+        (lambda: LogNormalLink(up_mbps=1, down_mbps=1, spread=-0.1), "spread is -0.1; it must be from 0 to 5"),
+        (lambda: LogNormalLink(up_mbps=1, down_mbps=1, spread=5.1), "spread is 5.1; it must be from 0 to 5"),
+        (lambda: LogNormalLink(up_mbps=1, down_mbps=1, spread=math.nan), "spread is nan"),
     ],
 )
 def test_a_device_or_link_that_cannot_be_is_refused(make, says):

@@ -80,20 +80,22 @@ def tables(text):
 @pytest.fixture
 def report(capsys):
     """The commands and what they print, with profiles and recorded nodes that a test may name."""
-    profiles, nodes = {}, {}
+    profiles, nodes, used = {}, {}, []
 
-    def profile(group, name):
+    def profile(group, name, config_dir):
         if name == "none":
             return None
         if (group, name) not in profiles:
             raise ConfigError(f"{group}={name} does not exist; choose one of none")
         return profiles[group, name]
 
-    def make(node):
+    def make(node, group):
+        if node["_target_"] not in nodes:
+            raise ConfigError(f"{group}._target_ is {node['_target_']!r}; it cannot be imported")
         return nodes[node["_target_"]]
 
     def reprice(*arguments):
-        reprice_command([str(a) for a in arguments], parser=Parser, profile=profile, make=make)
+        reprice_command([str(a) for a in arguments], parser=Parser, profile=profile, make=make, use_code=used.append)
         return capsys.readouterr().out
 
     def table(*arguments):
@@ -101,6 +103,6 @@ def report(capsys):
         return capsys.readouterr().out
 
     return SimpleNamespace(
-        reprice=reprice, table=table, profiles=profiles, nodes=nodes,
+        reprice=reprice, table=table, profiles=profiles, nodes=nodes, used=used,
         write=write_run, part=part, frame=frame, tables=tables,
     )  # fmt: skip

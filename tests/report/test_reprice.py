@@ -8,6 +8,8 @@ import pytest
 from fedray.costs import Device, FixedLink, LogNormalLink
 from fedray.errors import ConfigError
 from fedray.keys import Key
+from fedray.report.conventions import CONVENTIONS
+from fedray.report.runs import sized
 
 PHONE = Device(
     name="phone", flops_per_s=1e9, memory_bytes=10**9, joules_per_flop=1e-9, joules_per_byte_up=3e-6,
@@ -68,7 +70,7 @@ def test_every_convention_stands_side_by_side(small, report):
     assert bytes_of["lotteryfl"] == f"{6 * 4 * (40 + 10):,}"
     assert found["bitmap"]["dense / this"] == f"{8040 / 1140:.2f}"
     assert found["lotteryfl"]["dense / this"] == f"{4040 / 200:.2f}"  # it counts uploads alone
-    assert found["bitmap"]["its bytes"] == "1,140"
+    assert found["bitmap"]["bytes per client-round"] == "1,140"
     assert next(iter(found)) == "measured"
 
 
@@ -96,7 +98,7 @@ def test_recorded_runs_give_the_sizes_of_fedrts(sparsity, megabytes, report, tmp
     message = [report.frame(), report.part("params", 32_551_250, kept)]
     run = report.write(tmp_path, clients=3, rounds=2, down=message, up=message)
     (row,) = report.tables(report.reprice(run, "--as", "bitmap"))[1]
-    assert row["a client and round"] == megabytes
+    assert row["per client-round"] == megabytes
 
 
 def test_a_download_that_catches_up_is_several_payloads_and_one_dense_model(report, tmp_path):
@@ -165,7 +167,10 @@ def test_a_clients_drawn_link_is_the_one_of_the_runs_seed(report, tmp_path):
         ("up=10,down=x", "'x' must be a number"),
         ("up=10,down=5,delay=1", "'delay=1'; write up=10"),
         ("up=10,up=5,down=1", "'up=5'"),
-        ("up=-1,down=5", "up_mbps is -1.0; it must be above 0"),
+        ("up=-1,down=5", "up is -1.0; it must be above 0"),
+        ("up=0,down=1", "'up=0,down=1': up is 0.0; it must be above 0 and finite; write up=10,down=50"),
+        ("up=1,down=1,latency=-1", "latency is -1.0; it must be at least 0"),
+        ("up=1,down=1,spread=9", "spread is 9.0; it must be from 0 to 5"),
         ("moon", "link=moon does not exist"),
     ],
 )
@@ -196,6 +201,87 @@ def test_a_run_whose_decisions_read_the_time_has_no_other_time(report, tmp_path)
     assert "timed has no other time" in text
 
 
+# -- the user's own code ---------------------------------------------------------------------------------------------
+
+MINE = """
+from fedray.report.conventions import convention
+
+@convention()
+def by_halves(row):
+    "Mine."
+    return row["params"] / 2
+"""
+
+
+@pytest.fixture
+def code(tmp_path):
+    """A folder of the user's code with a convention, which is forgotten again."""
+    folder, known = tmp_path / "code", set(CONVENTIONS)
+    folder.mkdir()
+    (folder / "conventions.py").write_text(MINE)
+    yield folder
+    for name in set(CONVENTIONS) - known:
+        del CONVENTIONS[name]
+
+
+@pytest.fixture
+def owned(report, tmp_path, code):
+    """A run with a device and a link of the user's own."""
+    part = report.part("params", 1000, 1000)
+    return report.write(
+        tmp_path / "runs" / "own", down=[part], up=[part], clients=1, rounds=2, flops=3e9, code_folder=str(code),
+        choices={"device": "mine", "link": "slow", "wire": "float32"},
+        config={"device": {"_target_": "mine.Device"}, "link": {"_target_": "mine.Link"}},
+    )  # fmt: skip
+
+
+def test_a_runs_own_code_is_made_importable_and_its_conventions_count(owned, report, code, tmp_path):
+    report.nodes["mine.Device"], report.nodes["mine.Link"] = PHONE, FixedLink(up_mbps=0.032, down_mbps=0.032)
+    _, prices, times = report.tables(text := report.reprice(owned, "--as", "by_halves,measured"))
+    assert by(prices)["by_halves"]["bytes both ways"] == "2,000"
+    assert len(times) == 2
+    assert set(report.used) == {str(code)}
+    assert "## Simulated time: device mine, link slow (0.032 up, 0.032 down Mbit/s)" in text
+    # Where the code moved, the folder of the command counts and that of the manifest does not.
+    report.used.clear()
+    (tmp_path / "moved").mkdir()
+    report.reprice(owned, "--config-dir", tmp_path / "moved")
+    assert set(report.used) == {str(tmp_path / "moved")}
+
+
+def test_conventions_of_a_named_folder_count_without_a_run_too(report, code):
+    (row,) = report.tables(report.reprice("--params", 10, "--as", "by_halves", "--config-dir", code))[0]
+    assert row["bytes"] == "10"
+
+
+def test_conventions_that_cannot_be_imported_or_priced_are_told(owned, report, code):
+    report.nodes["mine.Device"] = report.nodes["mine.Link"] = None
+    (code / "conventions.py").write_text("import no_such_thing")
+    assert "conventions.py' cannot be imported (ModuleNotFoundError" in report.reprice(owned, "--as", "dense")
+    with pytest.raises(ConfigError, match=r"by_halves is not a convention.*cannot be imported \(Module"):
+        report.reprice(owned, "--as", "by_halves")
+    with pytest.raises(ConfigError, match="cannot be imported"):
+        report.reprice(owned, "--config-dir", code)
+    (code / "conventions.py").write_text(MINE.replace("by_halves", "measured"))
+    assert "measured is a convention of fedray's own" in report.reprice(owned, "--as", "dense")
+    (code / "conventions.py").write_text(MINE.replace('"params"', '"parms"'))
+    with pytest.raises(ConfigError, match=r"by_halves cannot price part params of round 1 .*KeyError: 'parms'"):
+        report.reprice(owned, "--as", "by_halves")
+
+
+def test_a_device_that_cannot_be_made_costs_the_times_and_nothing_else(owned, small, report, tmp_path):
+    report.nodes["mine.Link"] = FixedLink(up_mbps=1, down_mbps=1)
+    assert len(report.tables(text := report.reprice(owned))) == 2
+    assert "no simulated time: device._target_ is 'mine.Device'; it cannot be imported" in text
+    (rows,) = report.tables(text := report.reprice(owned, small, "--as", "dense"))
+    assert len(rows) == 2
+    assert "has no simulated time: device._target_" in text
+    with pytest.raises(ConfigError, match=r"device._target_ .* cannot be imported; say where its code is"):
+        report.reprice(owned, "--link", "up=1,down=1")
+    assert "device none" not in (text := report.reprice(owned, "--device", "none", "--link", "up=1,down=2"))
+    assert "## Simulated time: no device, link up=1,down=2 (1 up, 2 down Mbit/s)" in text
+
+
 # -- several runs, and none ------------------------------------------------------------------------------------------
 
 
@@ -213,7 +299,7 @@ def test_several_runs_have_a_line_each(small, report, tmp_path):
     assert "11' has no finished round" in text
     (rows,) = report.tables(report.reprice(tmp_path / "sweep", small))
     assert len(rows) == 3
-    assert rows[2]["measured MB"] == "0.01"
+    assert rows[2]["measured MB"] == "0.00677"
     assert {"bitmap MB", "lotteryfl MiB"} <= set(rows[0])
 
 
@@ -235,6 +321,78 @@ def test_runs_of_older_versions_are_refused_in_a_sentence(small, report, tmp_pat
     assert [row["run"] for row in report.tables(text)[0]] == ["newer"]
     assert "Left out" in text
     assert "older version" in text
+
+
+def test_transfers_that_do_not_add_up_to_the_recorded_total_are_refused(report, tmp_path):
+    part = report.part("params", 1000, 500)
+    rows = [{"wire/total_bytes": 8000 * number} for number in (1, 2, 3)]
+    run = report.write(tmp_path / "a", down=[part], up=[part], rows=rows)
+    assert report.reprice(run)
+    path = run / "transfers.jsonl"
+    whole = path.read_text()
+    for lines in (whole.splitlines()[:-1], []):
+        path.write_text("".join(f"{line}\n" for line in lines))
+        total = f"add up to {2000 * len(lines):,} bytes, and rounds.jsonl has 24,000 bytes"
+        with pytest.raises(ConfigError, match=f"{total} in all; restore the files from a copy, or run again"):
+            report.reprice(run)
+    # A run that goes on adds to its files while they are read: a round that is not finished does not count.
+    path.write_text(whole + json.dumps({"round": 4, "client": 0, "direction": "up", **part}) + "\n")
+    assert report.reprice(run)
+
+
+def test_a_device_needs_every_line_of_a_client(small, report):
+    report.profiles["device", "phone"] = PHONE
+    path = small / "clients.jsonl"
+    path.write_text("".join(f"{line}\n" for line in path.read_text().splitlines()[:-2]))
+    report.reprice(small, "--link", "up=1,down=1")
+    with pytest.raises(ConfigError, match=r"2 of 6 lines of clients are missing.*client 0 in round 3.*restore"):
+        report.reprice(small, "--device", "phone")
+
+
+def test_a_run_that_cannot_be_read_is_left_out_and_alone_refused(report, tmp_path):
+    part = report.part("params", 1000, 500)
+    good, torn, empty, broken = (
+        report.write(tmp_path / name, down=[part], up=[part], flops=1.0) for name in ("1", "2", "3", "4")
+    )
+    (torn / "manifest.json").write_text("{")
+    (empty / "manifest.json").write_text("{}")
+    (broken / "transfers.jsonl").write_text("x\n" + (broken / "transfers.jsonl").read_text())
+    (rows,) = report.tables(text := report.reprice(tmp_path, "--as", "dense"))
+    assert [row["run"] for row in rows] == ["1"]
+    assert "manifest.json' is not valid JSON" in text
+    assert "manifest.json' does not say what ran" in text
+    assert "Line 1 of" in text
+    for run in (torn, empty, broken):
+        with pytest.raises(ConfigError, match=r"restore it from a copy|repair or remove the line"):
+            report.reprice(run)
+    for run in (good, broken):
+        (run / "manifest.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"none of the 4 runs can be priced: .*manifest.json' holds list"):
+        report.reprice(tmp_path)
+
+
+def test_several_runs_show_what_differs_between_them(report, tmp_path):
+    report.profiles["device", "phone"] = PHONE
+    part = report.part("params", 1000, 500)
+    for number, (sparsity, seed) in enumerate([(0.5, 0), (0.5, 1), (0.8, 0)]):
+        report.write(
+            tmp_path / str(number), down=[part], up=[part], flops=1.0,
+            config={"seed": seed, "rounds": number, "pruner": {"_target_": "p.Magnitude", "sparsity": sparsity}},
+        )  # fmt: skip
+    (rows,) = report.tables(text := report.reprice(tmp_path, "--as", "dense", "--device", "phone"))
+    assert [list(row.items())[1:4] for row in rows] == [
+        [("sparsity", sparsity), ("seed", seed), ("rounds", "3")]
+        for sparsity, seed in (("0.5", "0"), ("0.5", "1"), ("0.8", "0"))
+    ]
+    assert "Simulated time: device phone, no link." in text
+
+
+def test_small_amounts_keep_three_digits(report):
+    for params, shown in ((12_800, "0.0512 MB"), (308, "0.00123 MB"), (1, "0.00000400 MB"), (300_000, "1.20 MB")):
+        (row,) = report.tables(report.reprice("--params", params, "--as", "dense"))[0]
+        assert row["up"] == shown
+    (row,) = report.tables(report.reprice("--params", 1000, "--as", "lotteryfl"))[0]
+    assert row["down"] == "0.00 MiB"
 
 
 def test_a_device_needs_the_flops_of_clients_and_a_link_does_not(small, report):
@@ -279,8 +437,17 @@ def test_a_what_if_gives_the_size_of_lotteryfl(report):
     ("arguments", "says"),
     [
         (["--params", 10, "--as", "measured"], "reads recorded bytes"),
-        (["--params", 0], "--params is 0; it must be at least 1"),
-        (["--params", 10, "--bits", "nan"], "--bits is nan"),
+        (["--params", 0], "--params is 0; it must be from 1 to"),
+        *(
+            (["--params", 10, "--bits", bits], f"--bits is {bits}; it must be from 1 to 64")
+            for bits in ("nan", "inf", "0", "-1")
+        ),
+        (["--params", 10**13], "--params is 10000000000000; it must be from 1 to 1,000,000,000,000"),
+        (["--params", 10, "--clients", -1], "--clients is -1; it must be from 1"),
+        (["--params", 10, "--rounds", 0], "--rounds is 0; it must be from 1"),
+        (["--params", 10, "--as", ""], "--as '' has an empty name; write names with commas"),
+        (["--params", 10, "--as", "values,"], "--as 'values,' has an empty name; write names with commas"),
+        (["--params", 10, "--config-dir", "nowhere"], "--config-dir is 'nowhere'; it must be the folder"),
         (["--params", 10, "--sparsity", "1"], "from 0 to below 1"),
         (["--params", 10, "--sparsity", "half"], "write numbers"),
         (["--params", 10, "folder"], "without a run"),
@@ -314,8 +481,8 @@ def test_measured_prices_are_the_drivers_own_totals(report, tmp_path, capsys):
     assert measured["bytes both ways"] == parts[-1]["bytes"] == f"{last['wire/total_bytes']:,}"
     assert measured["dense / this"] == f"{last['wire/total_ratio']:.2f}"
     time = by(times, "bytes as")["measured"]
-    assert time["seconds"] == f"{last['time/total_simulated_s']:.2f}"
-    assert time["joules"] == f"{last['energy/total_simulated_j']:.2f}"
+    assert time["seconds"] == sized(last["time/total_simulated_s"])
+    assert time["joules"] == sized(last["energy/total_simulated_j"])
     assert main(["table", str(tmp_path)]) == 0
     (row,) = report.tables(capsys.readouterr().out)[0]
-    assert row["MB up"] == f"{last['wire/total_up_bytes'] / 1e6:.2f}"
+    assert row["MB up"] == sized(last["wire/total_up_bytes"] / 1e6)

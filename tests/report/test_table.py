@@ -186,3 +186,81 @@ def test_a_folder_without_finished_runs_is_refused(cell, report, tmp_path):
     cell(status="failed")
     with pytest.raises(ConfigError, match="no finished run"):
         report.table(tmp_path)
+
+
+def test_a_run_that_cannot_be_read_is_left_out_and_alone_refused(cell, report, tmp_path):
+    good, bad = cell(), cell()
+    (bad / "manifest.json").write_text("{")
+    text = report.table(tmp_path)
+    assert report.tables(text)[0][0]["seeds"] == "1"
+    assert "- 02 is left out: " in text
+    assert "is not valid JSON" in text
+    (good / "rounds.jsonl").write_text("x\n" + (good / "rounds.jsonl").read_text())
+    with pytest.raises(ConfigError, match="holds no run that can be read: Line 1"):
+        report.table(tmp_path)
+
+
+def test_a_folder_of_unfinished_runs_says_how_to_go_on(cell, report, tmp_path):
+    cell(status="interrupted")
+    cell(status="running")
+    with pytest.raises(
+        ConfigError, match=r"no finished run: '.*01' is interrupted, '.*02' is running; go on with fedray resume .*01$"
+    ):
+        report.table(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ((1_234_567,), "1,234,567 ± -"),
+        ((1_234_567, 1_234_569), "1,234,568 ± 1"),
+        ((3, 3), "3 ± 0"),
+        ((0.5,), "0.5000 ± -"),
+        ((1.0,), "1.0000 ± -"),
+        ((12.5, 12.5), "12.50 ± 0.00"),
+        ((1.5e9,), "1,500,000,000 ± -"),
+        ((0.0000123,), "0.00001230 ± -"),
+    ],
+)
+def test_decimals_suit_the_metric(values, shown, cell, report, tmp_path):
+    for seed, value in enumerate(values):
+        cell(seed=seed, rows=[{"wire/total_bytes": value}])
+    (row,) = report.tables(report.table(tmp_path, "--metric", "wire/total_bytes"))[0]
+    assert row["wire/total_bytes"] == shown
+
+
+def test_megabytes_have_a_deviation_where_seeds_differ(cell, report, tmp_path):
+    for seed, sent in enumerate((1.0e6, 2.0e6)):
+        row = {"test/accuracy": 0.5, "wire/total_up_bytes": sent, "wire/total_down_bytes": 51_200}
+        cell(seed=seed, rows=[row])
+    (row,) = report.tables(report.table(tmp_path))[0]
+    assert (row["MB up"], row["MB down"]) == ("1.50 ± 0.707", "0.0512")
+
+
+def test_many_names_are_cut_short(cell, report, tmp_path):
+    cell(rows=[{"test/accuracy": 0.5, **{f"model/layer_sparsity/{n}": 0.1 for n in range(20)}}])
+    with pytest.raises(ConfigError, match=r"there are test/accuracy, (\S+, ){6}\S+ and 13 more$"):
+        report.table(tmp_path, "--metric", "zzz")
+    with pytest.raises(ConfigError, match=r"there are (\S+, ){7}\S+ and \d more$"):
+        report.table(tmp_path, "--rows", "zzz", "--cols", "seed")
+
+
+def test_seeds_can_be_columns(cell, report, tmp_path):
+    for sparsity in (0.5, 0.8):
+        for seed in (0, 1):
+            cell(sparsity=sparsity, seed=seed, accuracy=(sparsity + seed / 10,))
+    (rows,) = report.tables(report.table(tmp_path, "--rows", "sparsity", "--cols", "seed"))
+    assert rows[1] == {"sparsity \\ seed": "0.8", "0": "0.8000 ± -", "1": "0.9000 ± -"}
+
+
+def test_runs_of_an_older_version_beside_newer_ones_are_named(report, tmp_path):
+    for name, more in (("old", {}), ("new", {"choices": {"wire": "float32"}})):
+        report.write(
+            tmp_path / name, down=[], up=[], rounds=1, rows=[{"test/accuracy": 0.5}],
+            config={"wire": {"up": {"chain": 1}}}, **more,
+        )  # fmt: skip
+    text = report.table(tmp_path)
+    assert len(report.tables(text)[0]) == 2
+    assert "- old was recorded by an older version of fedray" in text
+    (tmp_path / "new" / "manifest.json").write_text((tmp_path / "old" / "manifest.json").read_text())
+    assert "older version" not in report.table(tmp_path)

@@ -185,10 +185,10 @@ def test_keys_decide_what_is_random_and_nothing_else():
         (Uniform(bits=5, level="channel"), "int5/channel", True, False, 5),
         (QSGD(), "qsgd:127/512", True, False, 8),
         (QSGD(levels=128, bucket=None, norm="max"), "qsgd:128/tensor/max", True, False, 9),
-        (Sign(step=0.1), "sign", True, True, 1),
+        (Sign(step=0.1), "sign:0.1", True, True, 1),
         (ScaledSign(), "scaled_sign", True, True, 1),
         (ScaledSign(level="channel"), "scaled_sign/channel", True, True, 1),
-        (Zstd(), "zstd", False, False, None),
+        (Zstd(), "zstd:3", False, False, None),
     ],
     ids=lambda one: getattr(one, "label", None),
 )
