@@ -10,7 +10,7 @@ and there are at most 2^20 contributions. Anything beyond, and anything not fini
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -166,14 +166,13 @@ class Sums:
 
     def add(self, message: Message, *, who: str = "a client") -> Sums:
         """Add one client's message. Raises NumericError that names `who`, the part and the tensor."""
-        return self.add_all([(message, who)])
+        return self.add_all([(message, largest_fit(message, who))])
 
-    def add_all(self, messages: Sequence[tuple[Message, str]]) -> Sums:
-        """Add the messages of several clients, each with who sent it; faster than one by one, to the same bits."""
+    def add_all(self, messages: Sequence[tuple[Message, Mapping[str, float]]]) -> Sums:
+        """Add messages of several clients, each with its `largest_fit`; faster than one by one, to the same bits."""
         terms: dict[str, list[tuple[np.ndarray, float]]] = {}
-        for message, who in messages:
+        for message, largest in messages:
             for name, part in message.parts.items():
-                largest = _largest_fit(name, part, who)
                 total = self._totals.get(name)
                 if total is None or not total.fits(part.support):
                     if total is not None:
@@ -189,7 +188,7 @@ class Sums:
                     values = values[part.support.indices]
                 total.weight = total.weight + weight
                 total.count += 1
-                total.reach += math.ceil(largest)
+                total.reach += math.ceil(largest[name])
                 terms.setdefault(name, []).append((values.numpy(), part.weight))
         for name, waiting in terms.items():
             _add_products(self._totals[name].planes, waiting)
@@ -276,8 +275,15 @@ def _divide(planes: _Planes, weight: np.ndarray) -> np.ndarray:
     return out
 
 
+def largest_fit(message: Message, who: str) -> dict[str, float]:
+    """The largest |weight * value| of each part, best found while the values are in the processor's cache.
+
+    Raises NumericError, naming `who`, the part and the tensor, for what cannot be summed.
+    """
+    return {name: _largest_fit(name, part, who) for name, part in message.parts.items()}
+
+
 def _largest_fit(name: str, part: Part, who: str) -> float:
-    """The largest |weight * value| of a part. Raises NumericError for what cannot be summed."""
     if not 0.0 < part.weight < MAX_TERM:
         raise NumericError(f"{who} sent part {name!r} with weight {part.weight}; a weight is above 0 and finite")
     flat = part.value.flat

@@ -22,7 +22,7 @@ from fedray.models.task import layouts, prunable_names
 from fedray.round import Context, Fit, Job, Message, Server
 from fedray.sim.population import Population
 from fedray.sim.spec import RunSpec
-from fedray.sums import Sums
+from fedray.sums import Sums, largest_fit
 from fedray.train import Engine
 from fedray.tree import Mask, Tree
 from fedray.wire import Codec, Download, Packet, Transfer
@@ -167,7 +167,7 @@ class Worker:
         results, changed, sums = [], {}, Sums()
         payload: bytes = b""
         sent_mask: Mask | None = None
-        received: list[tuple[Message, str]] = []
+        received: list[tuple[Message, Mapping[str, float]]] = []
         # A payload can be decoded elsewhere if no more than the mask must be known for it.
         single = len(clients) == 1 and not self.codec.refers
         for client in clients:
@@ -178,7 +178,7 @@ class Worker:
                 changed[client] = done.record
             if not single:
                 assert done.received is not None
-                received.append((done.received, who(client, broadcast.round)))
+                received.append((done.received, largest_fit(done.received, who(client, broadcast.round))))
             if len(received) == SUMMED_AT_ONCE:
                 sums.add_all(received)
                 received = []
