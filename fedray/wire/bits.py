@@ -132,7 +132,13 @@ def _decode_bitmap(body: memoryview, size: int) -> np.ndarray:
 
 
 def _encode_bitmap_zstd(positions: np.ndarray, size: int) -> bytes:
-    return zstandard.ZstdCompressor(level=1).compress(_encode_bitmap(positions, size))
+    return compress(_encode_bitmap(positions, size))
+
+
+def compress(data: bytes | memoryview) -> bytes:
+    """A Zstandard frame. What is random does not repeat: levels that look harder for matches find chance ones, and cost
+    5 % more."""
+    return zstandard.ZstdCompressor(level=1).compress(data)
 
 
 def _decode_bitmap_zstd(body: memoryview, size: int) -> np.ndarray:
@@ -209,8 +215,7 @@ def _encode_gaps(positions: np.ndarray, size: int) -> bytes:
         steps = gaps // ESCAPE + 1
         written = np.full(int(steps.sum()), ESCAPE, np.uint8)
         written[np.cumsum(steps) - 1] = gaps % ESCAPE
-    # The gaps of a random set do not repeat: levels that look harder for matches find chance ones, and cost 5 % more.
-    return bytes([dropped]) + zstandard.ZstdCompressor(level=1).compress(written.data)
+    return bytes([dropped]) + compress(written.data)
 
 
 def _decode_gaps(body: memoryview, size: int) -> np.ndarray:

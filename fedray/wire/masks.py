@@ -35,6 +35,7 @@ CODER_NAMES = ("none", "known", *bits.WAYS, "seed", "difference", "structured", 
 """What the mask's one-byte code says: nothing is masked, the receiver knows it, or how it is written."""
 NONE, KNOWN, BITMAP, LIST, RICE, GAPS, ANS, BITMAP_ZSTD, SEED, DIFFERENCE, STRUCTURED, TENSORS = range(len(CODER_NAMES))
 REMEMBERED = 64  # encodings: a global mask goes to many clients, who hold few different ones
+HALF = (0.45, 0.55)  # shares between which nothing beats the bitmap of a random mask
 SET_BYTES = 8  # what a set of positions costs beside its entropy: its length, its way and the head of its body
 
 
@@ -87,6 +88,8 @@ class MaskCoder:
             return self._scatter(self._decode_structured(data))
         if code == DIFFERENCE and known is not None:
             return self._scatter(self._decode_difference(data, self._gather(known)))
+        if code == BITMAP:
+            return self._scatter(bits.unpack_bits(data, self.size, "a bitmap"))
         kept = np.zeros(self.size, np.bool_)
         if code == TENSORS:
             sizes = [span.stop - span.start for span in self.spans]
@@ -109,21 +112,35 @@ class MaskCoder:
         def worth(least: float) -> bool:
             return all(least <= len(data) for _, data in ways)
 
+        # Counting is cheap, and looking for positions is not: only what may win is made.
+        count = int(np.count_nonzero(kept))
+        whole = bits.entropy_bytes(count, self.size)
         if known is not None:
             held = self._gather(known)
-            sets = [(np.flatnonzero(~kept[held]), int(held.sum())), (np.flatnonzero(kept[~held]), int((~held).sum()))]
-            if worth(_entropy_of(sets)):
+            num_held, both = int(np.count_nonzero(held)), int(np.count_nonzero(kept & held))
+            least = bits.entropy_bytes(num_held - both, num_held)
+            least += bits.entropy_bytes(count - both, self.size - num_held)
+            if worth(least) and least + 2 * SET_BYTES < whole:  # or else the masks have little in common
+                sets = [(np.flatnonzero(~kept[held]), num_held), (np.flatnonzero(kept[~held]), self.size - num_held)]
                 ways.append((DIFFERENCE, self._encode_sets(sets)))
-        positions = np.flatnonzero(kept)
-        whole = bits.entropy_bytes(len(positions), self.size)
         if worth(whole):
-            data = bits.encode_positions(positions, self.size, entropy=self.entropy)
-            ways.append((BITMAP + data[0], data[1:]))
-        sets = [(np.flatnonzero(kept[span]), span.stop - span.start) for span in self.spans]
-        apart = _entropy_of(sets) + SET_BYTES * len(sets)
+            ways.append(self._encode_whole(kept, count))
+        shares = [bits.entropy_bytes(int(np.count_nonzero(kept[span])), span.stop - span.start) for span in self.spans]
+        apart = sum(shares) + SET_BYTES * len(shares)
         if apart < whole and worth(apart):  # or else the tensors are about equally dense
+            sets = [(np.flatnonzero(kept[span]), span.stop - span.start) for span in self.spans]
             ways.append((TENSORS, self._encode_sets(sets)))
         return min(ways, key=lambda way: (len(way[1]), way[0]))
+
+    def _encode_whole(self, kept: np.ndarray, count: int) -> tuple[int, bytes]:
+        """bool (n,) to one set of positions. About a half is a bitmap or a pattern, for which none are looked up."""
+        if self.entropy != "ans" and HALF[0] * self.size < count < HALF[1] * self.size:
+            bitmap, squeezed = np.packbits(kept).tobytes(), b""
+            if self.entropy == "zstd":
+                squeezed = bits.compress(bitmap)
+            return (BITMAP_ZSTD, squeezed) if 0 < len(squeezed) < len(bitmap) else (BITMAP, bitmap)
+        data = bits.encode_positions(np.flatnonzero(kept), self.size, entropy=self.entropy)
+        return BITMAP + data[0], data[1:]
 
     def _encode_sets(self, sets: Sequence[tuple[np.ndarray, int]]) -> bytes:
         """Pairs of positions and size to bytes."""
@@ -197,10 +214,6 @@ def _decode_sets(data: bytes, sizes: Sequence[int]) -> list[np.ndarray]:
     bounds = [*accumulate(struct.unpack_from(f"<{len(sizes) - 1}I", data), initial=at), len(data)]
     view = memoryview(data)  # of which nothing is left for the sets behind a length that is too large
     return [bits.decode_positions(view[slice(*span)], size) for span, size in zip(pairwise(bounds), sizes, strict=True)]
-
-
-def _entropy_of(sets: Sequence[tuple[np.ndarray, int]]) -> float:
-    return sum(bits.entropy_bytes(len(positions), size) for positions, size in sets)
 
 
 def _three(shape: tuple[int, ...]) -> tuple[int, int, int]:
