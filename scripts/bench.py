@@ -157,7 +157,7 @@ WIRES = {
     "float32": ["wire=float32"],
     "float16": ["wire=float16"],
     "int8": ["wire=int8"],
-    "float32 under masks of 50 % that every client changes every round (bitmaps)": [
+    "float32 under masks of 50 % that every client changes every round": [
         "pruner=feddst",
         "pruner.sparsity=0.5",
         "pruner.every=1",

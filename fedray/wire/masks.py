@@ -55,6 +55,8 @@ class MaskCoder:
         self.spans = [slice(*span) for span in pairwise(ends)]  # among the prunable coordinates, one after another
         self.size = ends[-1]
         self._coded: dict[object, tuple[int, bytes]] = {}
+        self._last_ranked: tuple[bytes, np.ndarray, np.ndarray] | None = None
+        self._last_split: tuple[bytes, np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def encode(self, mask: Mask, known: Mask | None) -> tuple[int, bytes]:
         """The code and the bytes of the cheapest way, ties to the lower code; known: the mask that the receiver has.
@@ -87,7 +89,7 @@ class MaskCoder:
         if code == STRUCTURED:
             return self._scatter(self._decode_structured(data))
         if code == DIFFERENCE and known is not None:
-            return self._scatter(self._decode_difference(data, self._gather(known)))
+            return self._scatter(self._decode_difference(data, *self._split(known)))
         if code == BITMAP:
             return self._scatter(bits.unpack_bits(data, self.size, "a bitmap"))
         kept = np.zeros(self.size, np.bool_)
@@ -116,12 +118,13 @@ class MaskCoder:
         count = int(np.count_nonzero(kept))
         whole = bits.entropy_bytes(count, self.size)
         if known is not None:
-            held = self._gather(known)
+            held, ranks = self._ranked(known)
             num_held, both = int(np.count_nonzero(held)), int(np.count_nonzero(kept & held))
             least = bits.entropy_bytes(num_held - both, num_held)
             least += bits.entropy_bytes(count - both, self.size - num_held)
             if worth(least) and least + 2 * SET_BYTES < whole:  # or else the masks have little in common
-                sets = [(np.flatnonzero(~kept[held]), num_held), (np.flatnonzero(kept[~held]), self.size - num_held)]
+                dropped, grown = np.flatnonzero(held & ~kept), np.flatnonzero(kept & ~held)
+                sets = [(ranks[dropped] - 1, num_held), (grown - ranks[grown], self.size - num_held)]
                 ways.append((DIFFERENCE, self._encode_sets(sets)))
         if worth(whole):
             ways.append(self._encode_whole(kept, count))
@@ -131,6 +134,21 @@ class MaskCoder:
             sets = [(np.flatnonzero(kept[span]), span.stop - span.start) for span in self.spans]
             ways.append((TENSORS, self._encode_sets(sets)))
         return min(ways, key=lambda way: (len(way[1]), way[0]))
+
+    def _ranked(self, known: Mask) -> tuple[np.ndarray, np.ndarray]:
+        """What a mask keeps, bool (n,), and how much of it up to each coordinate, int32 (n,). A round's uploads are
+        coded against one mask, so the last is kept."""
+        if self._last_ranked is None or self._last_ranked[0] != known.digest:
+            held = self._gather(known)
+            self._last_ranked = known.digest, held, np.cumsum(held, dtype=np.int32)
+        return self._last_ranked[1:]
+
+    def _split(self, known: Mask) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What a mask keeps, bool (n,), the positions of it and those of the rest; the last is kept as well."""
+        if self._last_split is None or self._last_split[0] != known.digest:
+            held = self._gather(known)
+            self._last_split = known.digest, held, np.flatnonzero(held), np.flatnonzero(~held)
+        return self._last_split[1:]
 
     def _encode_whole(self, kept: np.ndarray, count: int) -> tuple[int, bytes]:
         """bool (n,) to one set of positions. About a half is a bitmap or a pattern, for which none are looked up."""
@@ -148,9 +166,8 @@ class MaskCoder:
         lengths = [struct.pack("<I", len(data)) for data in coded[:-1]]
         return b"".join([*lengths, *coded])
 
-    def _decode_difference(self, data: bytes, held: np.ndarray) -> np.ndarray:
-        """bool (n,) from the change against held, bool (n,)."""
-        before, others = np.flatnonzero(held), np.flatnonzero(~held)
+    def _decode_difference(self, data: bytes, held: np.ndarray, before: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """bool (n,) from the change against held, bool (n,), whose positions are `before` and the rest `others`."""
         dropped, grown = _decode_sets(data, [len(before), len(others)])
         kept = held.copy()
         kept[before[dropped]] = False
