@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import re
 import sys
@@ -350,15 +351,16 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, config_dir: str
     """
     from omegaconf.errors import OmegaConfBaseException
 
-    from fedray.config import assemble, recorded
+    from fedray.config import Config, assemble, recorded
     from fedray.launch import resume as go_on
     from fedray.track.store import read_manifest
 
     folder = Path(folder)
     manifest = read_manifest(folder)
+    fixed = {field.name for field in dataclasses.fields(Config)} - {"rounds", "checkpoint", "runtime", "tracker"}
     for override in overrides:
         key = override.split("=", 1)[0]
-        if "=" in override and key.split(".")[0] not in ("rounds", "checkpoint", "runtime", "tracker"):
+        if key.split(".")[0] in fixed:
             raise ConfigError(
                 f"{key} is another run's setting; only rounds, checkpoint, runtime and tracker may change"
             )

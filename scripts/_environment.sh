@@ -40,7 +40,7 @@ _make_environment() {
     echo "fedray: installing torch (a few minutes the first time)" >&2
     "$venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" torch
     echo "fedray: installing fedray and what it needs" >&2
-    "$venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" -e "$root[hub,report,dev]"
+    "$venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" -e "$root[hub,report,compress,dev]"
     echo "$want" >"$stamp"
 }
 

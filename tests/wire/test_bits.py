@@ -349,7 +349,7 @@ def fuzz(count):
 
         ways = WAYS
     except ImportError:
-        ways = WAYS[:-1]
+        ways = tuple(way for way in WAYS if way != "ans")
     good = []
     for size in (0, 1, 9, 300, 3000):
         for share in (0.0, 0.01, 0.2, 0.5, 0.9, 1.0):
