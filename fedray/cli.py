@@ -207,8 +207,9 @@ def _job(cfg: DictConfig) -> None:
                 if "hydra" in child.relative_to(folder).parts:
                     child.rmdir() if child.is_dir() else child.unlink()
             folder.rmdir()
-            folder.parent.rmdir()  # only if nothing else is in it
-            folder.parent.parent.rmdir()
+            if folder.parent.parent == Path.cwd() / "outputs":  # ours by default; nobody else's folders
+                folder.parent.rmdir()  # only if nothing else is in it
+                folder.parent.parent.rmdir()
         raise
 
 

@@ -295,3 +295,13 @@ def test_the_environment_is_left_as_it_was(fedray):
     fedray()
     assert not GlobalHydra.instance().is_initialized()
     assert "outputs" not in os.getcwd()
+
+
+def test_a_refusal_leaves_nothing_behind_and_takes_no_folder_of_the_users(fedray, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for where in ([], ["hydra.run.dir=run"], [f"hydra.run.dir={mine}/run"]):
+        before = sorted(Path.cwd().iterdir())
+        assert fedray("wire.up.decay=0.5", *where)[0] == 2
+        assert sorted(Path.cwd().iterdir()) == before
+        assert mine.is_dir()
