@@ -62,8 +62,12 @@ class Packet:
 
     payload: bytes
     sizes: tuple[PartSize, ...]
-    mask_coder: str
     warm: Trees = field(default_factory=dict)
+
+    @property
+    def mask_coder(self) -> str:
+        """How the message's mask was written."""
+        return self.sizes[0].mask_coder
 
 
 class Codec:
@@ -165,7 +169,7 @@ class Codec:
             header_bytes=len(payload) - accounted - code_bytes,
             mask_coder=CODER_NAMES[mask_code],
         )
-        return Packet(payload, (frame, *sizes), CODER_NAMES[mask_code], kept_warm)
+        return Packet(payload, (frame, *sizes), kept_warm)
 
     def decode(
         self, payload: bytes, *, direction: Direction, known: Mask | None, reference: Trees = NOTHING

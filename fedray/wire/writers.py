@@ -10,7 +10,7 @@ and where nothing of it is sent, its scale is not written.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import numpy as np
 import torch
@@ -56,15 +56,13 @@ class Float32:
         return np.frombuffer(data, "<f4")
 
 
-@final
-@dataclass(frozen=True, kw_only=True)
-class Float16:
-    """IEEE half precision, rounded to nearest even: two bytes a value.
+class _Half:
+    """What the two formats of two bytes a value share. infinity: the bits of +inf, the sign left out."""
 
-    Holds magnitudes up to 65,504, at full precision from 6.1e-5; a NumericError names what is too large.
-    """
-
-    label = "float16"
+    label: ClassVar[str]
+    dtype: ClassVar[torch.dtype]
+    infinity: ClassVar[int]
+    end: ClassVar[str]
     lossy = True
     changes_only = False
     bits = 16.0
@@ -73,16 +71,39 @@ class Float16:
         return 2 * where.size
 
     def encode(self, values: np.ndarray, where: Where, *, key: Key) -> memoryview:
-        remedy = "float16, which ends at 65504; use wire=float32, wire=bfloat16"
-        return _narrow(values, where, torch.float16, 0x7C00, remedy)
+        half = tensor_view(values).to(self.dtype).view(torch.int16).numpy()
+        # Two reductions and no temporary array: +inf is the largest as signed, -inf the largest as unsigned.
+        if len(half) and (half.max() >= self.infinity or half.view(np.uint16).max() >= self.infinity + 0x8000):
+            at = int(np.argmax((half & 0x7FFF) >= self.infinity))
+            raise NumericError(
+                f"a value of {values[at]:g} in tensor {where.name_of(at)!r} does not fit {self.label}, which ends at "
+                f"{self.end} or lower trainer.lr"
+            )
+        return half.view(np.uint8).data
 
     def decode(self, data: memoryview, where: Where) -> np.ndarray:
-        return _widen(self.label, data, where, torch.float16)
+        _expect_length(self.label, data, self.num_bytes(where))
+        widened: np.ndarray = tensor_view(np.frombuffer(data, np.int16)).view(self.dtype).float().numpy()
+        return widened
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class BFloat16:
+class Float16(_Half):
+    """IEEE half precision, rounded to nearest even: two bytes a value.
+
+    Holds magnitudes up to 65,504, at full precision from 6.1e-5; a NumericError names what is too large.
+    """
+
+    label = "float16"
+    dtype = torch.float16
+    infinity = 0x7C00
+    end = "65504; use wire=float32, wire=bfloat16"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class BFloat16(_Half):
     """The upper half of a float32, rounded to nearest even: two bytes a value.
 
     The range of float32 at 8 bits of precision. A NumericError names a value that would round to infinity (from
@@ -90,38 +111,9 @@ class BFloat16:
     """
 
     label = "bfloat16"
-    lossy = True
-    changes_only = False
-    bits = 16.0
-
-    def num_bytes(self, where: Where) -> int:
-        return 2 * where.size
-
-    def encode(self, values: np.ndarray, where: Where, *, key: Key) -> memoryview:
-        remedy = "bfloat16, which ends at 3.3895e38; use wire=float32"
-        return _narrow(values, where, torch.bfloat16, 0x7F80, remedy)
-
-    def decode(self, data: memoryview, where: Where) -> np.ndarray:
-        return _widen(self.label, data, where, torch.bfloat16)
-
-
-def _narrow(values: np.ndarray, where: Where, dtype: torch.dtype, infinity: int, remedy: str) -> memoryview:
-    """float32 (n,) to two bytes a value; infinity: the bits of +inf, the sign left out. Raises NumericError."""
-    half = tensor_view(values).to(dtype).view(torch.int16).numpy()
-    # Two reductions and no temporary array: +inf is the largest as signed, -inf the largest as unsigned.
-    if len(half) and (half.max() >= infinity or half.view(np.uint16).max() >= infinity + 0x8000):
-        at = int(np.argmax((half & 0x7FFF) >= infinity))
-        raise NumericError(
-            f"a value of {values[at]:g} in tensor {where.name_of(at)!r} does not fit {remedy} or lower trainer.lr"
-        )
-    return half.view(np.uint8).data
-
-
-def _widen(label: str, data: memoryview, where: Where, dtype: torch.dtype) -> np.ndarray:
-    """Two bytes a value to float32."""
-    _expect_length(label, data, 2 * where.size)
-    widened: np.ndarray = tensor_view(np.frombuffer(data, np.int16)).view(dtype).float().numpy()
-    return widened
+    dtype = torch.bfloat16
+    infinity = 0x7F80
+    end = "3.3895e38; use wire=float32"
 
 
 # -- whole multiples of a step -----------------------------------------------------------------------------------------
