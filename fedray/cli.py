@@ -59,11 +59,22 @@ def run(
     config_dir: a folder of the user's own yaml and code. folder: the run directory; outputs/<name>/<time> without.
     Raises ConfigError and RunError.
     """
+    from fedray.config import assemble
+    from fedray.launch import execute
+
+    cfg, choices = _compose(overrides, config_dir)
+    assembly = assemble(cfg, code_folder=None if config_dir is None else str(config_dir), choices=choices)
+    if folder is None:
+        folder = Path("outputs") / assembly.spec.name / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
+    return execute(assembly, Path(folder))
+
+
+def _compose(overrides: Sequence[str], config_dir: str | Path | None) -> tuple[DictConfig, dict[str, str]]:
+    """The configuration, and what was chosen of each group. Raises ConfigError."""
     from hydra import compose, initialize_config_dir
     from omegaconf import open_dict
 
-    from fedray.config import assemble, conf_folder, register
-    from fedray.launch import execute
+    from fedray.config import conf_folder, register
 
     register()
     added = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir is not None else []
@@ -76,10 +87,7 @@ def run(
     choices = {str(group): str(choice) for group, choice in cfg.hydra.runtime.choices.items()}
     with open_dict(cfg):
         del cfg["hydra"]
-    assembly = assemble(cfg, code_folder=None if config_dir is None else str(config_dir), choices=choices)
-    if folder is None:
-        folder = Path("outputs") / assembly.spec.name / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
-    return execute(assembly, Path(folder))
+    return cfg, choices
 
 
 def _hydra(arguments: list[str]) -> None:
@@ -406,4 +414,18 @@ def _table(arguments: list[str]) -> None:
     table_command(arguments, parser=_Parser)
 
 
-COMMANDS = {"export": _export, "reprice": _reprice, "resume": _resume, "table": _table}
+def _partition(arguments: list[str]) -> None:
+    from fedray.report.partition import Dealt, partition_command
+
+    def deal(overrides: Sequence[str], config_dir: str | None) -> Dealt:
+        from fedray.config import deal
+
+        cfg, choices = _compose(overrides, config_dir)
+        dealt = deal(cfg)
+        title = f"{cfg.name}: {dealt.dataset.name}, partition {choices['partition']}, seed {cfg.seed}"
+        return Dealt(manifest=dealt.facts, num_available=len(dealt.labels), title=title)
+
+    partition_command(arguments, parser=_Parser, deal=deal)
+
+
+COMMANDS = {"export": _export, "partition": _partition, "reprice": _reprice, "resume": _resume, "table": _table}

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
@@ -31,15 +32,25 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from fedray import data as data_room
+from fedray.data.augment import Augment
 from fedray.data.dataset import Dataset
+from fedray.data.skew import Noise
+from fedray.data.views import carve_validation, local_tests
 from fedray.errors import ConfigError
-from fedray.models import Scope, Task
+from fedray.keys import Key
+from fedray.models import Scope, Task, pretrained
+from fedray.models.normalisation import group_normed
+from fedray.models.task import OBJECTIVES, kinds, trainable
+from fedray.personal import FedBN, StaticNorm
 from fedray.round import FieldError, Optim, Policy
-from fedray.sim.client import codec_of
+from fedray.sim.client import codec_of, has_global_model
+from fedray.sim.goals import Goals
 from fedray.sim.population import Population
 from fedray.sim.spec import EvalSpec, RunSpec, TrainerSpec
 from fedray.track.wandb import WandbConfig
 from fedray.train import LearningRate
+from fedray.train.engine import try_inputs
+from fedray.train.schedule import Schedule
 from fedray.wire import Chain, Way, Wire
 from fedray.wire.values import Entropy
 
@@ -76,6 +87,7 @@ class TrainerConfig:
     lr_schedule: str = MISSING
     lr_decay: float = MISSING
     lr_every: int = MISSING
+    lr_warmup: int = MISSING
     batch_size: int = MISSING
     epochs: int | None = MISSING
     steps: int | None = MISSING
@@ -86,6 +98,23 @@ class TrainerConfig:
     eps: float = MISSING
     clip_norm: float | None = MISSING
     engine: str = MISSING
+
+
+@dataclass
+class ServerConfig:
+    lr_schedule: str = MISSING
+    lr_decay: float = MISSING
+    lr_every: int = MISSING
+    lr_warmup: int = MISSING
+
+
+@dataclass
+class StopConfig:
+    metric: str = MISSING
+    targets: list[float] = MISSING
+    at_targets: bool = MISSING
+    patience: int | None = MISSING
+    min_delta: float = MISSING
 
 
 @dataclass
@@ -127,14 +156,23 @@ class Config:
     rounds: int = MISSING
     num_clients: int = MISSING
     cohort: int = MISSING
+    validation: float = MISSING
+    batch_norm: str = MISSING
     eval: EvalConfig = field(default_factory=EvalConfig)
+    stop: StopConfig = field(default_factory=StopConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     scope: ScopeConfig = field(default_factory=ScopeConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     data: dict[str, Any] = field(default_factory=dict)
     partition: dict[str, Any] = field(default_factory=dict)
+    skew: dict[str, Any] = field(default_factory=dict)
+    augment: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
+    availability: dict[str, Any] = field(default_factory=dict)
+    personal: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     strategy: dict[str, Any] = field(default_factory=dict)
     correction: dict[str, Any] = field(default_factory=dict)
@@ -155,6 +193,11 @@ def conf_folder() -> str:
     checkout = Path(__file__).parent.parent / "conf"
     return str(installed if (installed / "config.yaml").is_file() else checkout)
 
+
+BATCH_NORMS = ("average", "affine", "local", "static", "group")
+KEPT_NORMS: Mapping[str, Literal["statistics", "all"]] = types.MappingProxyType(
+    {"affine": "statistics", "local": "all"}
+)
 
 # -- assembly --------------------------------------------------------------------------------------------------------
 
@@ -178,20 +221,10 @@ class Assembly:
 
 def assemble(cfg: DictConfig, *, code_folder: str | None = None, choices: Mapping[str, str] | None = None) -> Assembly:
     """Check everything and load the data. choices: what was chosen of each group, for records. Raises ConfigError."""
-    try:
-        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"the configuration cannot be resolved: {_first_line(error)}") from error
-    assert isinstance(plain, dict)
-    config: dict[str, Any] = {str(key): value for key, value in plain.items()}
-    config.pop("hydra", None)
-    _check_keys(config, Config, "")
+    config = _plain(cfg)
     _check_skeleton(config)
 
-    spec_trainer = _trainer(config["trainer"])
     policies = _policies(config)
-    wire = _wire(config["wire"])
-    partitioner = _make(config["partition"], "partition")
     scope = Scope(**config["scope"])
     spec = RunSpec(
         run_id="",
@@ -202,31 +235,41 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None, choices: Mappin
         cohort=config["cohort"],
         task=Task(build=_unbuilt, scope=scope),
         policies=policies,
-        wire=wire,
-        trainer=spec_trainer,
+        wire=_wire(config["wire"]),
+        trainer=_trainer(config["trainer"]),
         evaluation=EvalSpec(**config["eval"]),
+        server_rate=_rate(1.0, config["server"]),
+        sampler=_make(config["sampling"], "sampling"),
+        availability=_make(config["availability"], "availability"),
+        validation=config["validation"],
+        goals=Goals(**{**config["stop"], "targets": tuple(config["stop"]["targets"])}),
         checkpoint_every=config["checkpoint"]["every"],
         hardware=component(config["device"], "device"),
         link=component(config["link"], "link"),
         config=config,
     )
+    _under("sampling", lambda: spec.sampler.check(num_clients=spec.num_clients, cohort=spec.cohort))
     for name, policy in policies:
         _under(name, lambda policy=policy: policy.check(spec.facts()))
 
-    dataset = _make(config["data"], "data")
-    if not isinstance(dataset, Dataset):
-        raise ConfigError(
-            f"data._target_ is {config['data']['_target_']!r}; it gave a {type(dataset).__name__} and must give a "
-            "fedray.data.Dataset: use Dataset.of(...)"
-        )
-    dataset.check()
-    build = _maker(config["model"], dataset.shape, dataset.num_classes)
-    population, partition_hash = _population(dataset, partitioner, spec)
-    task = Task(build=build, scope=scope)
-    # Which parts cross is known once the model is: chains that cannot work are refused here.
-    codec_of(_try_model(task, dataset, spec), replace(spec, task=task))
+    dealt = _deal(config)
+    dataset = dealt.dataset
+    build = _maker(config["model"], dataset.shape, dataset.num_classes, dataset.vocabulary, config["batch_norm"])
+    task = Task(build=build, scope=scope, objective=OBJECTIVES[dataset.objective])
+    spec = replace(spec, task=task)
+    # Which parts cross is known once the model is: what cannot work is refused here.
+    module = _try_model(task, dataset, spec)
+    facts = replace(spec.facts(), kinds=kinds(module), objective=dataset.objective)
+    for name, policy in policies:
+        _under(name, lambda policy=policy: policy.check(facts))
+    codec_of(module, spec)
+    _check_goals(spec, module)
+    population = _population(dealt, config, spec)
+    if config["model"].get("init_from") is not None:
+        spec = replace(spec, initial_mask=_initial_mask(pretrained.mask_of(config["model"]["init_from"]), module))
     run_id = _run_id(config, dataset)
-    facts = {
+    warnings = [f"{name}: {text}" for name, policy in policies for text in policy.warns(facts)]
+    about = {
         "run_id": run_id,
         "name": spec.name,
         "seed": spec.seed,
@@ -236,8 +279,12 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None, choices: Mappin
             "digest": dataset.digest,
             "sample_shape": list(dataset.shape),
             "num_classes": dataset.num_classes,
+            "objective": dataset.objective,
+            "vocabulary": dataset.vocabulary,
         },
-        "partition": partition_hash,
+        "partition": {name: value for name, value in dealt.facts.items() if name != "histogram"},
+        "batch_norm": config["batch_norm"],
+        "warnings": warnings,
         "code_folder": code_folder,
         "choices": {group: choice for group, choice in (choices or {}).items() if group in config},
         "depends_on_time": any(policy.depends_on_time for _, policy in policies),
@@ -252,8 +299,67 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None, choices: Mappin
         progress=config["tracker"]["progress"],
         config_yaml=OmegaConf.to_yaml(OmegaConf.create(config)),
         code_folder=code_folder,
-        facts=facts,
+        facts=about,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deal:
+    """Data and who gets which. parts: rows of the training set by client. labels: what the partition skewed by, int64,
+    one for each of them, below num_labels. facts: the manifest of the partition."""
+
+    dataset: Dataset
+    parts: list[np.ndarray]
+    labels: np.ndarray
+    num_labels: int
+    facts: dict[str, Any]
+
+
+def deal(cfg: DictConfig) -> Deal:
+    """Load the data of a configuration and deal them to its clients; no model is built. Raises ConfigError."""
+    config = _plain(cfg)
+    _check_skeleton(config)
+    return _deal(config)
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"the configuration cannot be resolved: {_first_line(error)}") from error
+    assert isinstance(plain, dict)
+    config: dict[str, Any] = {str(key): value for key, value in plain.items()}
+    config.pop("hydra", None)
+    _check_keys(config, Config, "")
+    return config
+
+
+def _deal(config: dict[str, Any]) -> Deal:
+    partitioner = _make(config["partition"], "partition")
+    dataset = _make(config["data"], "data")
+    if not isinstance(dataset, Dataset):
+        raise ConfigError(
+            f"data._target_ is {config['data']['_target_']!r}; it gave a {type(dataset).__name__} and must give a "
+            "fedray.data.Dataset: use Dataset.of(...)"
+        )
+    dataset.check()
+    labels, num_labels = dataset.labels("train")
+    labels = np.asarray(labels)
+    owners = {}
+    if getattr(partitioner, "needs_owners", False):
+        if dataset.train_owner is None:
+            raise ConfigError(
+                f"partition._target_ is {config['partition']['_target_']!r}; it deals samples by their owner, and "
+                f"data={dataset.name} does not say who made them: take another partition, or data with owners"
+            )
+        owners = {"owners": np.asarray(dataset.train_owner)}
+    key = Key.of(config["seed"]).fold("partition")
+    parts = _under(
+        "partition",
+        lambda: partitioner(labels, num_clients=config["num_clients"], num_classes=num_labels, key=key, **owners),
+    )
+    facts = data_room.manifest(labels, parts, num_labels)
+    return Deal(dataset=dataset, parts=parts, labels=labels, num_labels=num_labels, facts=facts)
 
 
 def recorded(folder: Path, overrides: Sequence[str]) -> DictConfig:
@@ -275,11 +381,19 @@ def _unbuilt() -> Any:
     raise AssertionError("the model is not known before the data")
 
 
+def _rate(lr: float, config: dict[str, Any]) -> LearningRate:
+    return LearningRate(
+        lr=lr,
+        kind=config["lr_schedule"],
+        decay=config["lr_decay"],
+        every=config["lr_every"],
+        warmup=config["lr_warmup"],
+    )
+
+
 def _trainer(config: dict[str, Any]) -> TrainerSpec:
     return TrainerSpec(
-        learning_rate=LearningRate(
-            lr=config["lr"], kind=config["lr_schedule"], decay=config["lr_decay"], every=config["lr_every"]
-        ),
+        learning_rate=_rate(config["lr"], config),
         batch_size=config["batch_size"],
         epochs=config["epochs"],
         steps=config["steps"],
@@ -297,9 +411,14 @@ def _trainer(config: dict[str, Any]) -> TrainerSpec:
 
 
 def _policies(config: dict[str, Any]) -> tuple[tuple[str, Policy[Any, Any]], ...]:
-    """Inner to outer: pruner, strategy, corrections in the order in which they were named."""
+    """Inner to outer: personal ones, pruner, strategy, corrections, each in the order in which they were named."""
     found: list[tuple[str, Policy[Any, Any]]] = []
-    nodes = [("pruner", config["pruner"]), ("strategy", config["strategy"])]
+    if config["batch_norm"] in KEPT_NORMS:
+        found.append(("batch_norm", FedBN(keep=KEPT_NORMS[config["batch_norm"]])))
+    if config["batch_norm"] == "static":
+        found.append(("batch_norm", StaticNorm()))
+    nodes = [(f"personal.{name}", node) for name, node in config["personal"].items()]
+    nodes += [("pruner", config["pruner"]), ("strategy", config["strategy"])]
     nodes += [(f"correction.{name}", node) for name, node in config["correction"].items()]
     for name, node in nodes:
         policy = _make(node, name)
@@ -347,79 +466,159 @@ def _stages(nodes: Any, group: str) -> dict[str, Any]:
     return stages
 
 
-def _maker(node: dict[str, Any], shape: tuple[int, ...], num_classes: int) -> Any:
-    """A picklable maker of the model; shape and num_classes come from the data where the model asks for them."""
-    facts = {"shape": shape, "num_classes": num_classes}
-    target, arguments = _target(node, "model")
+def _maker(
+    node: dict[str, Any], shape: tuple[int, ...], num_classes: int, vocabulary: int | None, batch_norm: str
+) -> Any:
+    """A picklable maker of the model; facts of the data go where the model asks for them."""
+    facts = {"shape": shape, "num_classes": num_classes, "vocabulary": vocabulary}
+    init_from = node.get("init_from")
+    target, arguments = _target({name: value for name, value in node.items() if name != "init_from"}, "model")
     arguments = {**{k: v for k, v in facts.items() if k in (_accepted(target) or [])}, **arguments}
     _check_arguments(target, arguments, "model")
-    return partial(target, **arguments)
+    build = partial(target, **arguments)
+    if init_from is not None:
+        if not isinstance(init_from, Mapping):
+            raise ConfigError(
+                f"model.init_from is {init_from!r}; it holds source, head and freeze, as in model.init_from.source=RUN"
+            )
+        build = _under(
+            "model.init_from",
+            lambda: pretrained.prepare(build, init_from, shape=shape, num_classes=num_classes),
+        )
+    return partial(group_normed, build) if batch_norm == "group" else build
 
 
 def maker_of_run(facts: Mapping[str, Any]) -> Any:
-    """The maker of the model of a recorded run, from its manifest."""
-    return _maker(facts["config"]["model"], tuple(facts["data"]["sample_shape"]), facts["data"]["num_classes"])
+    """The maker of the model of a recorded run, from its manifest. Its weights come from the run, not from where
+    the run took them."""
+    data, config = facts["data"], facts["config"]
+    node = {name: value for name, value in config["model"].items() if name != "init_from"}
+    return _maker(node, tuple(data["sample_shape"]), data["num_classes"], data["vocabulary"], config["batch_norm"])
 
 
 def _try_model(task: Task, dataset: Dataset, spec: RunSpec) -> nn.Module:
     """Build the model once and run two samples through it, so that a misfit is found here."""
-    import torch
-
+    target = spec.config["model"]["_target_"]
     try:
         module = task.module(spec.key.fold("model")).eval()
         with torch.no_grad():
-            outputs = module(torch.zeros(2, *dataset.shape))
+            outputs = module(try_inputs(2, dataset.shape, dataset.vocabulary))
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(
-            f"model._target_ is {spec.config['model']['_target_']!r}; it cannot take samples of shape {dataset.shape}: "
+            f"model._target_ is {target!r}; it cannot take samples of shape {dataset.shape}: "
             f"{type(error).__name__}: {_first_line(error)}"
         ) from error
-    if tuple(outputs.shape[:1]) != (2,) or outputs.dim() != 2 or outputs.shape[1] < dataset.num_classes:
+    if not isinstance(outputs, torch.Tensor):
         raise ConfigError(
-            f"model._target_ is {spec.config['model']['_target_']!r}; for two samples it gives shape "
-            f"{tuple(outputs.shape)}, and (2, {dataset.num_classes}) logits are needed for data={dataset.name}"
+            f"model._target_ is {target!r}; it gives a {type(outputs).__name__}, and a tensor of logits is needed: "
+            "wrap it in a module that returns them"
+        )
+    leading = (2, *dataset.shape) if dataset.objective == "next_token" else (2,)
+    exact = dataset.objective == "regression"
+    width = outputs.shape[-1] if outputs.dim() == len(leading) + 1 else 0
+    if tuple(outputs.shape[:-1]) != leading or width < dataset.num_classes or (exact and width != dataset.num_classes):
+        raise ConfigError(
+            f"model._target_ is {target!r}; for two samples it gives shape {tuple(outputs.shape)}, and "
+            f"{(*leading, dataset.num_classes)} is needed for data={dataset.name} ({dataset.objective})"
         )
     return module
 
 
-def _population(dataset: Dataset, partitioner: Any, spec: RunSpec) -> tuple[Population, dict[str, Any]]:
-    key = spec.key.fold("partition")
-    labels, num_classes = np.asarray(dataset.train_y), dataset.num_classes
-    parts = _under(
-        "partition", lambda: partitioner(labels, num_clients=spec.num_clients, num_classes=num_classes, key=key)
-    )
-    tests = data_room.local_tests(
-        train_labels=labels,
+def _initial_mask(found: Mapping[str, torch.Tensor] | None, module: nn.Module) -> dict[str, torch.Tensor] | None:
+    """Of the mask of a run that weights come from, what fits this model: a head that was replaced is whole."""
+    if found is None:
+        return None
+    shapes = {name: parameter.shape for name, parameter in trainable(module).items()}
+    fitting = {name: kept for name, kept in found.items() if shapes.get(name) == kept.shape}
+    for name, kept in list(fitting.items()):
+        if bool(trainable(module)[name].detach()[~kept].any()):
+            del fitting[name]  # other weights than those of that run
+    return fitting
+
+
+def _check_goals(spec: RunSpec, module: nn.Module) -> None:
+    """Refuse goals that no row will have."""
+    goals = spec.goals
+    if not goals.stops and not goals.targets:
+        return
+    means = dict.fromkeys(spec.task.metrics, 1.0)
+    main = spec.task.metrics[0]
+    known = [f"client/{main}_{what}" for what in ("mean", "p10", "p90")]
+    if has_global_model(module, spec):
+        known += [f"test/{name}" for name in {**means, **spec.task.objective.derive(means)}]
+    _refuse(goals.metric not in known, "stop.metric", goals.metric, f"this run has {', '.join(known)}")
+    never = spec.evaluation.every == 0
+    _refuse(never, "eval.every", 0, "stop.targets and stop.patience need evaluations, so set it to 1 or more")
+
+
+def _population(dealt: Deal, config: dict[str, Any], spec: RunSpec) -> Population:
+    dataset, parts = dealt.dataset, dealt.parts
+    skew = component(config["skew"], "skew")
+    augment = None
+    if config["augment"]:
+        stages = {name: _make(node, f"augment.{name}") for name, node in config["augment"].items() if node is not None}
+        augment = _under("augment", lambda: Augment.of(stages))
+    if (skew is not None or augment is not None) and len(dataset.shape) != 3 and not isinstance(skew, Noise):
+        group = "skew" if skew is not None else "augment"
+        raise ConfigError(
+            f"{group} works on images, and data={dataset.name} has samples of shape {dataset.shape}; set {group}=none"
+        )
+    if skew is not None and dataset.vocabulary is not None:
+        raise ConfigError(f"skew works on numbers, and data={dataset.name} has tokens; set skew=none")
+    tests = local_tests(
+        train_labels=dealt.labels,
         parts=parts,
-        test_labels=np.asarray(dataset.test_y),
-        num_classes=num_classes,
+        test_labels=np.asarray(dataset.labels("test")[0]),
+        num_classes=dealt.num_labels,
         key=spec.key.fold("local_tests"),
+        train_owner=dataset.train_owner,
+        test_owner=dataset.test_owner,
     )
-    population = Population(
+    held: dict[str, np.ndarray] = {}
+    if spec.validation:
+        parts, apart = carve_validation(
+            parts, dealt.labels, dealt.num_labels, spec.validation, spec.key.fold("validation")
+        )
+        held = {"held_rows": np.concatenate(apart), "held_starts": _starts(apart)}
+    return Population(
         train_x=dataset.train_x,
         train_y=dataset.train_y,
         test_x=dataset.test_x,
         test_y=dataset.test_y,
         rows=np.concatenate(parts),
-        starts=np.cumsum([0, *(len(part) for part in parts)]),
+        starts=_starts(parts),
         local_rows=np.concatenate(tests),
-        local_starts=np.cumsum([0, *(len(test) for test in tests)]),
-        label_counts=data_room.histogram(labels, parts, num_classes),
+        local_starts=_starts(tests),
+        label_counts=data_room.histogram(dealt.labels, parts, dealt.num_labels),
         mean=np.array(dataset.mean, np.float32),
         std=np.array(dataset.std, np.float32),
         scale=float(dataset.scale),
+        vocabulary=dataset.vocabulary,
+        skew=skew,
+        augment=augment,
+        key=spec.key,
+        **held,
     )
-    manifest = data_room.manifest(labels, parts, num_classes)
-    return population, {name: value for name, value in manifest.items() if name != "histogram"}
+
+
+def _starts(parts: list[np.ndarray]) -> np.ndarray:
+    return np.cumsum([0, *(len(part) for part in parts)])
 
 
 def _run_id(config: dict[str, Any], dataset: Dataset) -> str:
     """A hash of what decides the result: not where it runs, how it is tracked, where the data lie or how long it is."""
     kept = {k: v for k, v in config.items() if k not in ("runtime", "tracker", "rounds", "name", "checkpoint")}
-    if config["trainer"]["lr_schedule"] == "cosine":
+    rates = (_rate(1.0, config["trainer"]), _rate(1.0, config["server"]))
+    if any(rate.depends_on_rounds for rate in rates):
         kept["rounds"] = config["rounds"]  # the rate of every round depends on the last
+    if config["model"].get("init_from") is not None:
+        weights = {k: v for k, v in config["model"]["init_from"].items() if k != "source"}
+        kept["model"] = {
+            **config["model"],
+            "init_from": {**weights, "digest": pretrained.digest(config["model"]["init_from"])},
+        }
     kept["data"] = {**{k: v for k, v in config["data"].items() if k != "path"}, "digest": dataset.digest}
     text = json.dumps(kept, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
@@ -441,6 +640,7 @@ def _check_keys(config: Mapping[str, Any], schema: type, prefix: str) -> None:
 
 def _check_skeleton(config: dict[str, Any]) -> None:
     evaluation, trainer, runtime = config["eval"], config["trainer"], config["runtime"]
+    server, stop, schedules = config["server"], config["stop"], typing.get_args(Schedule)
     at_least: list[tuple[str, Any, int]] = [
         ("rounds", config["rounds"], 1),
         ("num_clients", config["num_clients"], 1),
@@ -450,7 +650,12 @@ def _check_skeleton(config: dict[str, Any]) -> None:
         ("eval.batch_size", evaluation["batch_size"], 1),
         ("trainer.batch_size", trainer["batch_size"], 1),
         ("trainer.lr_every", trainer["lr_every"], 1),
+        ("trainer.lr_warmup", trainer["lr_warmup"], 0),
+        ("server.lr_every", server["lr_every"], 1),
+        ("server.lr_warmup", server["lr_warmup"], 0),
     ]
+    if stop["patience"] is not None:
+        at_least.append(("stop.patience", stop["patience"], 1))
     for name in ("epochs", "steps"):
         if trainer[name] is not None:
             at_least.append((f"trainer.{name}", trainer[name], 0))
@@ -479,7 +684,7 @@ def _check_skeleton(config: dict[str, Any]) -> None:
     )
     for name, choices in (
         ("optimizer", ("sgd", "adam", "adamw")),
-        ("lr_schedule", ("constant", "step", "cosine")),
+        ("lr_schedule", schedules),
         ("engine", ("auto", "eager", "traced")),
     ):
         _refuse(trainer[name] not in choices, f"trainer.{name}", trainer[name], f"choose one of {', '.join(choices)}")
@@ -508,6 +713,28 @@ def _check_skeleton(config: dict[str, Any]) -> None:
         raise ConfigError(
             f"trainer.momentum is {trainer['momentum']}; {trainer['optimizer']} has no momentum: set trainer.betas"
         )
+    _refuse(
+        server["lr_schedule"] not in schedules,
+        "server.lr_schedule",
+        server["lr_schedule"],
+        f"choose one of {', '.join(schedules)}",
+    )
+    good = 0 < server["lr_decay"] <= 1
+    _refuse(not good, "server.lr_decay", server["lr_decay"], "it must be above 0 and at most 1")
+    good = 0 <= config["validation"] < 1
+    _refuse(not good, "validation", config["validation"], "it is a share of each client's data, from 0 to below 1")
+    _refuse(
+        config["batch_norm"] not in BATCH_NORMS,
+        "batch_norm",
+        config["batch_norm"],
+        f"choose one of {', '.join(BATCH_NORMS)}",
+    )
+    bad = any(not math.isfinite(target) for target in stop["targets"])
+    _refuse(bad, "stop.targets", stop["targets"], "write numbers, as in [0.9,0.95]")
+    bad = stop["at_targets"] and not stop["targets"]
+    _refuse(bad, "stop.at_targets", True, "it needs stop.targets, as in stop.targets=[0.95]")
+    bad = not 0 <= stop["min_delta"] < math.inf
+    _refuse(bad, "stop.min_delta", stop["min_delta"], "it must be 0 or more")
     betas = trainer["betas"]
     good = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
     _refuse(not good, "trainer.betas", betas, "write two numbers from 0 to below 1, as in [0.9,0.999]")

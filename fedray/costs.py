@@ -54,12 +54,15 @@ def forward_flops(module: nn.Module, sample: Tensor) -> dict[str, int]:
 
 
 def masked_flops(dense: Mapping[str, int], mask: Mask | None) -> float:
-    """FLOPs of one sample under a mask: each layer's dense count times the kept fraction of its weight."""
+    """FLOPs of one sample under a mask: each layer's dense count times the kept fraction of its weight.
+
+    A layer that the mask does not cover (a constant one, or one that clients keep) counts in full.
+    """
     if mask is None:
         return float(sum(dense.values()))
-    kept = mask.counts([name for name in dense if name])
     sizes = dict(zip(mask.layout.names, mask.layout.sizes, strict=True))
-    return sum(count * (kept[name] / sizes[name] if name else 1.0) for name, count in dense.items())
+    kept = mask.counts([name for name in dense if name in sizes])
+    return sum(count * (kept[name] / sizes[name] if name in kept else 1.0) for name, count in dense.items())
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
@@ -115,11 +118,15 @@ def client_memory(
 
     Weights, gradients and states are float32 and counted where the mask keeps them, positions not included: like the
     FLOPs the theoretical figure of an unstructured mask, because dense kernels hold the zeros too. Buffers count
-    with the weights. Left out: the data set, the framework, workspaces of kernels.
+    with the weights, and so do constant parameters, which have no gradient. Left out: the data set, the framework, workspaces of kernels.
     """
-    kept = sum(mask.counts().values()) if mask is not None else sum(p.numel() for p in module.parameters())
+    moving = {name: parameter.numel() for name, parameter in module.named_parameters() if parameter.requires_grad}
+    kept = sum(moving.values())
+    if mask is not None:
+        kept += sum(mask.counts().values()) - sum(moving[name] for name in mask.layout.names)
+    constant = sum(parameter.nbytes for parameter in module.parameters() if not parameter.requires_grad)
     return ClientMemory(
-        weight_bytes=FLOAT_BYTES * kept + sum(buffer.nbytes for buffer in module.buffers()),
+        weight_bytes=FLOAT_BYTES * kept + constant + sum(buffer.nbytes for buffer in module.buffers()),
         gradient_bytes=FLOAT_BYTES * kept,
         optimizer_bytes=FLOAT_BYTES * kept * optimizer_states,
         activation_bytes=activations,

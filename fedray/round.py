@@ -1,11 +1,11 @@
 """The nouns of a federated round and the protocol that methods implement. No paper's name occurs here.
 
-A method is a list of policies, inner to outer: `[pruner, strategy, *corrections]`.
+A method is a list of policies, inner to outer: `[*personal, pruner, strategy, *corrections]`.
 
-              server                         |wire|                   client
-    pruner · strategy · correction            ==>     correction · strategy · pruner · TRAINER
-    send   --- inner to outer --->                    begin  ---- outer to inner --->
-    settle <-- outer to inner ----                    end    <--- inner to outer ----
+                   server                            |wire|                   client
+    personal · pruner · strategy · correction         ==>     correction · strategy · pruner · personal · TRAINER
+    send   ------- inner to outer ------->                    begin  -------- outer to inner -------->
+    settle <------ outer to inner --------                    end    <------- inner to outer ---------
 
 Every hook defaults to the identity and threads its own memory: nothing is stored on `self`, inputs are never
 written to, and a hook called twice with the same arguments gives the same answer.
@@ -99,14 +99,31 @@ class Optim:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Loss:
+    """The task's loss, or a variant of its cross-entropy.
+
+    smoothing:   label smoothing in [0, 1): the target is (1 - s) * one-hot + s / num_classes.
+    logit_shift: subtracted from the logits before the softmax, one per class; None for zeros.
+    """
+
+    smoothing: float = 0.0
+    logit_shift: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """Local training as data, so that it can run eagerly, traced or on another machine.
 
-    params, buffers: where to start.
+    params, buffers: where to start; what the server owns.
+    local, local_buffers: where to start with the tensors that clients keep to themselves; None without any.
     mask:      parameters and moments stay zero outside it, after every step; None means dense.
     num_steps: optimiser steps; the batches go through a fresh permutation of the data each epoch.
     drift:     added to every gradient; a policy adds to what is there.
-    prox:      coefficient of the pull `prox * (w - w_received)` in the gradient; a policy adds to what is there.
+    prox:      coefficient of the pull `prox * (w - anchor)` in the gradient; a policy adds to what is there.
+    anchor:    where the pull leads; None for the job's own start.
+    trains:    names of the tensors that steps may move; None for all, local ones included.
+    loss:      what is minimised.
+    sharpness: radius rho of sharpness-aware minimisation: the gradient is taken at w + rho * g / |g|; 0 for none.
     wants:     evidence to gather on the way; only "grad_sum" is gathered by a job.
     """
 
@@ -117,8 +134,14 @@ class Job:
     batch_size: int
     lr: float
     optim: Optim
+    local: Tree | None = None
+    local_buffers: Tree | None = None
     drift: Tree | None = None
     prox: float = 0.0
+    anchor: Tree | None = None
+    trains: frozenset[str] | None = None
+    loss: Loss = Loss()
+    sharpness: float = 0.0
     wants: frozenset[Evidence] = frozenset()
 
 
@@ -127,6 +150,7 @@ class Fit:
     """What came of a job.
 
     received: the message as this client decoded it: the reference for differences.
+    local, local_buffers: the tensors that clients keep to themselves, after training; None without any.
     num_seen: examples that went through a step, each as often as it did.
     loss:     mean training loss over them; NaN after zero steps.
     """
@@ -140,6 +164,8 @@ class Fit:
     lr: float
     loss: float
     num_seen: int = 0
+    local: Tree | None = None
+    local_buffers: Tree | None = None
     evidence: Mapping[Evidence, Tree] = field(default_factory=dict)
 
     def cut(self, mask: Mask) -> Fit:
@@ -169,6 +195,33 @@ class ClientInfo:
     label_counts: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """The model that a client runs, as parts of a whole: what the server owns, and what the client keeps."""
+
+    params: Tree
+    buffers: Tree
+    mask: Mask | None
+    local: Tree | None = None
+    local_buffers: Tree | None = None
+
+
+class Trainer(Protocol):
+    """Run one more local job on the client's training data; pure. Its fit is sent nowhere."""
+
+    def __call__(self, job: Job, name: str) -> Fit:
+        """name: tells this job's batches from those of other jobs of the round."""
+        ...
+
+
+class Validate(Protocol):
+    """Score a model on the part of the client's training data that was set apart (`validation`); pure."""
+
+    def __call__(self, view: View) -> Mapping[str, float]:
+        """The task's metrics, as {"accuracy": ..., "loss": ...}. Raises ConfigError where nothing was set apart."""
+        ...
+
+
 class Probe(Protocol):
     """Look at the client's training data without training; pure, at any point, in `begin` and in `end`."""
 
@@ -190,12 +243,14 @@ class Context:
     round:    1 for the first; 0 while the run is set up.
     key:      randomness of this round, and on a client of this client in this round.
     cohort:   the clients of this round, sorted; empty while the run is set up.
-    origin:   the initial parameters; both sides derive them from the seed.
+    origin:   the initial parameters that the server owns; both sides derive them from the seed.
     prunable: names of the tensors that a pruner may cut, in layout order.
     lr:       the clients' learning rate in this round.
-    client:   whose turn it is; None on the server.
-    known:    the mask last exchanged with this client; None on the server.
-    probe:    None on the server.
+    server_lr: factor of this round on a strategy's own rate (`server.lr_schedule`).
+    client:   whose turn it is; None on the server, as are those below.
+    known:    the mask last exchanged with this client.
+    job:      this client's training as it is configured, from the initial weights: what `begin` starts from.
+    probe, train, validate: look at, train on and score with the client's training data.
     """
 
     round: int
@@ -205,14 +260,23 @@ class Context:
     origin: Tree
     prunable: tuple[str, ...]
     lr: float
+    server_lr: float = 1.0
     client: ClientInfo | None = None
     known: Mask | None = None
+    job: Job | None = None
     probe: Probe | None = None
+    train: Trainer | None = None
+    validate: Validate | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What `check` may look at before data loads."""
+    """What `check` may look at. It is called twice: before data load, and when data and model are known.
+
+    kinds:     of every trainable tensor by name: weight, bias, norm or other; None before the model is known.
+    objective: classification, regression or next_token; None before the data are known.
+    validation: share of each client's training data that is set apart.
+    """
 
     rounds: int
     num_clients: int
@@ -221,6 +285,9 @@ class RunFacts:
     epochs: float | None
     steps: int | None
     policies: tuple[tuple[str, Policy[Any, Any]], ...]
+    validation: float = 0.0
+    kinds: Mapping[str, str] | None = None
+    objective: str | None = None
 
 
 class Policy(Generic[M, C]):
@@ -241,6 +308,17 @@ class Policy(Generic[M, C]):
 
     def check(self, run: RunFacts) -> None:
         """Refuse bad company, by ConfigError, before data loads."""
+
+    def warns(self, run: RunFacts) -> tuple[str, ...]:
+        """Sentences about what this run does that its user may not expect; printed and kept in the manifest."""
+        return ()
+
+    def keeps(self, kinds: Mapping[str, str], buffers: Layout) -> frozenset[str]:
+        """Names of the parameters and buffers that never leave a client; the server then has no whole model.
+
+        kinds: of every trainable parameter, in layout order: "weight", "bias", "norm" or "other".
+        """
+        return frozenset()
 
     def parts(self, params: Layout, buffers: Layout) -> Mapping[str, PartSpec]:
         """The parts that this policy puts into messages."""
@@ -269,6 +347,11 @@ class Policy(Generic[M, C]):
     def settle(self, server: Server, sums: Sums, memory: M, ctx: Context) -> tuple[Server, Sums, M]:
         """Take what the cohort sent into the server's state, outer to inner."""
         return server, sums, memory
+
+    def view(self, view: View, memory: C, ctx: Context) -> View:
+        """The model that this client would run on its own data, from the server's; outer to inner. Pure, and it
+        costs no bytes. Overriding it means that clients are evaluated one by one."""
+        return view
 
 
 class FieldError(ConfigError):

@@ -248,6 +248,23 @@ def restrict(a: Tree, mask: Mask | None) -> Tree:
     return Tree(a.layout, torch.where(mask.flat, a.flat, a.flat.new_zeros(())))
 
 
+def take(a: Tree, names: Iterable[str]) -> Tree:
+    """The tensors of these names, in the order of `a`."""
+    layout = a.layout.select(names)
+    pieces = [a.flat[a.layout.spans[name]] for name in layout.names]
+    return Tree(layout, torch.cat(pieces) if pieces else a.flat.new_zeros(0))
+
+
+def put(a: Tree, b: Tree) -> Tree:
+    """`a` with the tensors that `b` has, which are all in `a`, in the place of its own."""
+    if a.layout == b.layout:
+        return b
+    flat = a.flat.clone()
+    for name in b.layout.names:
+        flat[a.layout.spans[name]] = b.flat[b.layout.spans[name]]
+    return Tree(a.layout, flat)
+
+
 def equal(a: Tree, b: Tree) -> bool:
     """Whether layout and every bit pattern agree (so NaN equals NaN, and 0.0 differs from -0.0)."""
     return a.layout == b.layout and torch.equal(a.flat.view(torch.int32), b.flat.view(torch.int32))

@@ -31,10 +31,11 @@ DOORS: dict[str, set[str]] = {
     # The codec takes a round's messages; a random mask travels as its seed and is drawn again by prune's kernel.
     "wire": {"tree", "keys", "round", "prune"},
     **{room: KERNELS | {"privacy", "round"} for room in POLICY_ROOMS},
-    "models": {"tree", "keys"},
+    # A task computes the losses that a job asks for.
+    "models": {"tree", "keys", "round"},
     "train": {"round", "tree", "keys", "models"},
     "data": {"keys"},
-    "sim": KERNELS | {"privacy", "round", "wire", "models", "train", "data"},
+    "sim": KERNELS | {"privacy", "round", "wire", "models", "train", "data", "personal"},
     "track": set(),
     # Re-pricing in time runs the driver's own model of it.
     "report": {"track", "costs", "keys"},

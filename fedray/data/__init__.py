@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from fedray.data.dataset import Dataset
 from fedray.data.partition import Classes, Dirichlet, Iid, Partition, Shards, histogram, manifest
-from fedray.data.sources import digits, hub
+from fedray.data.sources import digits, hub, mnist5k, regression, shakespeare, synthetic, text
 from fedray.data.views import local_tests
 
 __all__ = [
@@ -24,4 +24,9 @@ __all__ = [
     "hub",
     "local_tests",
     "manifest",
+    "mnist5k",
+    "regression",
+    "shakespeare",
+    "synthetic",
+    "text",
 ]

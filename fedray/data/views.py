@@ -1,4 +1,5 @@
-"""What each client is tested on: a share of the global test set that looks like its training data."""
+"""What each client is tested on and what it validates with: test samples like its training data, or of its owners, and
+a part held back from training."""
 
 from __future__ import annotations
 
@@ -14,7 +15,14 @@ if TYPE_CHECKING:  # keys import torch, and nothing here needs more of them than
 
 
 def local_tests(
-    *, train_labels: np.ndarray, parts: list[np.ndarray], test_labels: np.ndarray, num_classes: int, key: Key
+    *,
+    train_labels: np.ndarray,
+    parts: list[np.ndarray],
+    test_labels: np.ndarray,
+    num_classes: int,
+    key: Key,
+    train_owner: np.ndarray | None = None,
+    test_owner: np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """Indices into the global test set for each client: int64, sorted, none twice at a client.
 
@@ -23,8 +31,16 @@ def local_tests(
     up for it as far as they go. Clients may share test samples: only metrics read them. The samples of a client
     depend on its own training data and on key.fold("local_test", client) alone.
 
-    Raises ConfigError if the test set has none of a client's labels.
+    train_owner, test_owner: who made each sample, int64 (n,), the same numbers in both; to be given where parts are
+    made of whole owners. A client's local test is then every test sample of the owners that it trains on, and nothing
+    is drawn.
+
+    Raises ConfigError if the test set has none of a client's labels, or none of its owners.
     """
+    if train_owner is not None and test_owner is not None:
+        return _of_owners(parts, train_owner, test_owner)
+    if train_owner is not None or test_owner is not None:
+        raise ConfigError("owners are known of one of train and test alone; give data.test_owner with data.train_owner")
     weights = histogram(train_labels, parts, num_classes)
     members = by_label(np.asarray(test_labels, np.int64), num_classes)
     supply = np.array([len(m) for m in members])
@@ -46,6 +62,59 @@ def local_tests(
             for label in np.flatnonzero(wanted)
         ]
         tests.append(np.sort(np.concatenate(chosen)))
+    return tests
+
+
+def carve_validation(
+    parts: list[np.ndarray], labels: np.ndarray, num_classes: int, fraction: float, key: Key
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Each client's rows, divided into (training, validation): int64, sorted, together what the client had.
+
+    For gates, which must read neither test data nor what was trained on. A client holds back `fraction` of its rows,
+    to the nearest number and at least one, with its own label proportions by largest remainder; it trains on at least
+    one, so that a client with a single row validates on none. Which rows these are depends on the client's rows and on
+    key.fold("validation", client) alone.
+
+    parts: rows of each client. labels: int64 (n,). fraction: from 0, which holds nothing back, to below 1.
+    Raises ConfigError.
+    """
+    if not 0 <= fraction < 1:
+        raise ConfigError(f"the validation fraction is {fraction!r}; it must be at least 0 and below 1, such as 0.1")
+    if fraction == 0:
+        return list(parts), [part[:0] for part in parts]
+    weights = histogram(labels, parts, num_classes)
+    sizes = weights.sum(axis=1)
+    held = np.minimum(np.maximum(1, np.rint(sizes * fraction).astype(np.int64)), sizes - 1)
+    counts = apportion(weights, held)
+    training, validation = [], []
+    for client, part in enumerate(parts):
+        random = key.fold("validation", client).numpy()
+        # In shuffled order, the first so many rows of each label are held back.
+        rows = random.permutation(part)
+        rows = rows[np.argsort(labels[rows], kind="stable")]
+        rank = np.arange(len(rows)) - np.repeat(np.cumsum(weights[client]) - weights[client], weights[client])
+        taken = rank < np.repeat(counts[client], weights[client])
+        training.append(np.sort(rows[~taken]))
+        validation.append(np.sort(rows[taken]))
+    return training, validation
+
+
+def _of_owners(parts: list[np.ndarray], train_owner: np.ndarray, test_owner: np.ndarray) -> list[np.ndarray]:
+    order = np.argsort(test_owner, kind="stable")
+    ordered = test_owner[order]
+    tests, without = [], []
+    for client, part in enumerate(parts):
+        owners = np.unique(train_owner[part])
+        starts, ends = np.searchsorted(ordered, owners), np.searchsorted(ordered, owners, side="right")
+        rows = np.concatenate([order[start:end] for start, end in zip(starts, ends, strict=True)])
+        tests.append(np.sort(rows))
+        if not len(rows):
+            without.append(client)
+    if without:
+        raise ConfigError(
+            f"{len(without)} of {len(parts)} clients, client {without[0]} among them, have no owner in the test set; "
+            "use a test set of the same owners, fewer clients, or partition.take=largest"
+        )
     return tests
 
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from fedray.errors import ConfigError
 
 
-def _image(shape: tuple[int, ...], name: str, smallest: int) -> tuple[int, int, int]:
+def image_shape(shape: tuple[int, ...], name: str, smallest: int) -> tuple[int, int, int]:
+    """Channels, height and width of a sample; refuses what is no image of at least `smallest` pixels each way."""
     if len(shape) != 3 or min(shape[1:]) < smallest:
         raise ConfigError(
             f"model={name} needs images of at least {smallest}x{smallest} pixels, and the data has samples of shape "
@@ -25,7 +26,7 @@ class LeNet(nn.Module):
 
     def __init__(self, *, shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
-        channels, height, width = _image(shape, "lenet", 16)
+        channels, height, width = image_shape(shape, "lenet", 16)
         self.conv1 = nn.Conv2d(channels, 6, 5)
         self.conv2 = nn.Conv2d(6, 16, 5)
         self.fc1 = nn.Linear(16 * (((height - 4) // 2 - 4) // 2) * (((width - 4) // 2 - 4) // 2), 120)
@@ -48,7 +49,7 @@ class SmallCNN(nn.Module):
 
     def __init__(self, *, shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
-        channels, height, width = _image(shape, "small_cnn", 16)
+        channels, height, width = image_shape(shape, "small_cnn", 16)
         self.conv1 = nn.Conv2d(channels, 10, 5)
         self.conv2 = nn.Conv2d(10, 20, 5)
         self.fc1 = nn.Linear(20 * (((height - 4) // 2 - 4) // 2) * (((width - 4) // 2 - 4) // 2), 50)
@@ -68,7 +69,7 @@ class McMahanCNN(nn.Module):
 
     def __init__(self, *, shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
-        channels, height, width = _image(shape, "mcmahan_cnn", 4)
+        channels, height, width = image_shape(shape, "mcmahan_cnn", 4)
         self.conv1 = nn.Conv2d(channels, 32, 5, padding=2)
         self.conv2 = nn.Conv2d(32, 64, 5, padding=2)
         self.fc1 = nn.Linear(64 * (height // 4) * (width // 4), 512)
@@ -88,7 +89,7 @@ class BatchNormCNN(nn.Module):
 
     def __init__(self, *, shape: tuple[int, ...], num_classes: int, width: int = 16) -> None:
         super().__init__()
-        channels, height, width_pixels = _image(shape, "batchnorm_cnn", 4)
+        channels, height, width_pixels = image_shape(shape, "batchnorm_cnn", 4)
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, 2 * width, 3, padding=1, bias=False)

@@ -1,4 +1,4 @@
-"""Multi-layer perceptrons."""
+"""Linear models and multi-layer perceptrons."""
 
 from __future__ import annotations
 
@@ -30,3 +30,17 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)  # type: ignore[no-any-return]
+
+
+class Linear(nn.Module):
+    """Flatten, then one linear layer: logistic regression, or linear regression on a regression's data.
+
+    shape: of one sample. Input (batch, *shape), output (batch, num_classes).
+    """
+
+    def __init__(self, *, shape: tuple[int, ...], num_classes: int, bias: bool = True) -> None:
+        super().__init__()
+        self.fc = nn.Linear(math.prod(shape), num_classes, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.flatten(1))  # type: ignore[no-any-return]

@@ -24,7 +24,7 @@ from fedray.sim.client import Record
 from fedray.tree import Layout, Mask, Tree
 from fedray.wire import Downlink
 
-FORMAT = 2
+FORMAT = 3
 KEPT = 2  # a checkpoint that turns out unreadable has one before it
 
 
@@ -33,6 +33,7 @@ class State:
     """Everything that the next round depends on.
 
     totals: of the ledger; records: of clients that have one; downlink: what the server remembers of its downloads.
+    progress: towards the goals; empty at the start.
     """
 
     run_id: str
@@ -46,6 +47,7 @@ class State:
     simulated_s: float = 0.0
     simulated_j: float = 0.0
     downlink: Downlink = field(default_factory=Downlink)
+    progress: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save(folder: Path, state: State) -> Path:
@@ -63,6 +65,7 @@ def save(folder: Path, state: State) -> Path:
         },
         "simulated": [state.simulated_s, state.simulated_j],
         "downlink": _pack(state.downlink.plain(), tensors),
+        "progress": dict(state.progress),
         "totals": dict(state.totals),
         "train_flops": state.train_flops,
         "elapsed_s": state.elapsed_s,
@@ -113,6 +116,7 @@ def load(path: Path) -> State:
             elapsed_s=plain["elapsed_s"],
             simulated_s=plain["simulated"][0],
             simulated_j=plain["simulated"][1],
+            progress=plain["progress"],
             downlink=Downlink.of_plain(_unpack(plain["downlink"], tensors)),
         )
     except Exception as error:

@@ -18,17 +18,20 @@ from torch import nn
 
 from fedray.errors import ClientError, ConfigError, FedrayError, WireError
 from fedray.keys import Key
-from fedray.models.task import layouts, prunable_names
-from fedray.round import Context, Fit, Job, Message, Server
+from fedray.models.normalisation import second_moments
+from fedray.models.task import kinds, layouts, prunable_names
+from fedray.personal import StaticNorm
+from fedray.round import Context, Fit, Job, Message, Part, PartSpec, Policy, Server, View
 from fedray.sim.population import Population
 from fedray.sim.spec import RunSpec
 from fedray.sums import Sums, largest_fit
-from fedray.train import Engine
+from fedray.train import Engine, Samples
 from fedray.tree import Mask, Tree
-from fedray.wire import Codec, Download, Packet, Transfer
+from fedray.wire import Codec, Download, Packet, Transfer, Wire
 from fedray.wire.codec import NOTHING, Trees
 from fedray.wire.ledger import Direction
 
+STATISTICS = "statistics"  # the exchange in which they are recomputed
 SUMMED_AT_ONCE = 8  # uploads that are kept until they are added together
 
 
@@ -37,6 +40,7 @@ class Broadcast:
     """The server's side of a round, put into the object store once. round: the one that begins.
 
     download: what clients are sent, where it depends on earlier downloads; None where each one's is made anew.
+    statistics: of batch normalisation, where they are recomputed for an evaluation.
     """
 
     round: int
@@ -44,6 +48,7 @@ class Broadcast:
     memories: tuple[Any, ...]
     cohort: tuple[int, ...]
     download: Download | None = None
+    statistics: Tree | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +115,30 @@ class EvalReply:
     scores: Mapping[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClientScores:
+    """Each client's metrics on its local test, by model: "own" is the one that it would run, "global" the server's."""
+
+    scores: Mapping[int, Mapping[str, Mapping[str, float]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsReply:
+    """Sums of means and mean squares by client, and what crossed for them."""
+
+    sums: Sums
+    transfers: tuple[Transfer, ...]
+
+
+@dataclass
+class _Turn:
+    """What changes while a client has its turn: the tensors that it keeps, and examples of additional jobs."""
+
+    local: Tree | None
+    local_buffers: Tree | None
+    num_seen: int = 0
+
+
 @dataclass(frozen=True)
 class _Download:
     """A payload with what it was made of; content: (part, flat values, weight, support), compared by identity."""
@@ -149,9 +178,13 @@ class Worker:
             sample_shape=population.sample_shape,
             device=spec.device,
             kind=spec.trainer.engine,
+            vocabulary=population.vocabulary,
+            kept=kept_names(spec.task.module(spec.key.fold("model")), spec) if keepers(spec) else frozenset(),
         )
-        self.origin, self.origin_buffers = self.engine.origin()
-        self.prunable = prunable_names(self.engine.module, spec.task.scope)
+        self.origin, self.origin_buffers, self.local, self.local_buffers = self.engine.origin()
+        names = prunable_names(self.engine.module, spec.task.scope)
+        self.prunable = tuple(name for name in names if name not in self.engine.kept)
+        self.has_global_model = has_global_model(self.engine.module, spec)
         self.codec = codec_of(self.engine.module, spec)
         self._masks: dict[bytes, Mask] = {}
         self._last_download: _Download | None = None
@@ -200,16 +233,74 @@ class Worker:
         except WireError as error:
             raise WireError(f"{whose}: {error}") from error
 
-    def evaluate(self, server: Server, start: int, stop: int, batch_size: int, tag: str) -> EvalReply:
+    def evaluate(self, model: Server | View, start: int, stop: int, batch_size: int, tag: str) -> EvalReply:
         """Score test rows start to stop in batches that do not depend on how rows were dealt to calls."""
-        scores: dict[str, list[Any]] = {name: [] for name in self.spec.task.metrics}
-        for begin in range(start, stop, batch_size):
-            samples = self.population.test(begin, min(begin + batch_size, stop))
-            for name, values in self.engine.evaluate(server.params, server.buffers, samples).items():
-                scores[name].append(values)
-        return EvalReply(
-            tag=tag, start=start, scores={name: torch.cat(values).numpy() for name, values in scores.items()}
+        if isinstance(model, View):
+            view = model
+        else:
+            view = View(params=model.params, buffers=model.buffers, mask=None)
+        scores = self.engine.evaluate(view, self.population.test(start, stop), batch_size)
+        return EvalReply(tag=tag, start=start, scores={name: values.numpy() for name, values in scores.items()})
+
+    def evaluate_clients(
+        self, broadcast: Broadcast, clients: Sequence[int], records: Mapping[int, Record | None], batch_size: int
+    ) -> ClientScores:
+        """Score the model that each of these clients would run on its own local test, and where there is a whole
+        model at the server that one too. `broadcast` is the state at the end of a round, so nothing is remembered."""
+        server = replace(broadcast.server, mask=self.intern(broadcast.server.mask))
+        scores: dict[int, dict[str, dict[str, float]]] = {}
+        for client in clients:
+            samples, record = self.population.train(client), records.get(client)
+            ctx = self._context(broadcast, client, record, samples, "view")
+            if record is None:
+                record = self._new_record(ctx)
+            given = View(
+                params=server.params,
+                buffers=server.buffers,
+                mask=server.mask,
+                local=self.local,
+                local_buffers=self.local_buffers if broadcast.statistics is None else broadcast.statistics,
+            )
+            views = {"own": self._view(given, record, ctx)}
+            if self.has_global_model:
+                views["global"] = given
+            local = self.population.local_samples(client)
+            scores[client] = {
+                which: {
+                    name: float(values.mean(dtype=torch.float64))
+                    for name, values in self.engine.evaluate(view, local, batch_size).items()
+                }
+                for which, view in views.items()
+            }
+        return ClientScores(scores=scores)
+
+    def statistics(
+        self, broadcast: Broadcast, clients: Sequence[int], records: Mapping[int, Record | None]
+    ) -> StatisticsReply:
+        """What batch normalisation sees of these clients' data in the model that they are sent, and what it costs to
+        send it and to answer. Nothing is remembered, so a mask that a client does not know is sent to it again."""
+        broadcast = replace(broadcast, server=replace(broadcast.server, mask=self.intern(broadcast.server.mask)))
+        sums, transfers = Sums(), []
+        codec = Codec(
+            {STATISTICS: PartSpec(layout=self.engine.buffers_layout, direction="up", lossy=False, absolute=True)},
+            self.origin.layout,
+            (),
+            Wire(),
         )
+        for client in clients:
+            samples, record = self.population.train(client), records.get(client)
+            ctx = self._context(broadcast, client, record, samples, STATISTICS)
+            whose = f"{who(client, broadcast.round)}, {STATISTICS}"
+            message, down, _ = self._receive_download(broadcast, record or self._new_record(ctx), ctx, whose)
+            found, count = self.engine.statistics(
+                View(params=message["params"], buffers=self.origin_buffers, mask=message.mask), samples
+            )
+            answer = Message(parts={STATISTICS: Part(value=second_moments(found), weight=float(count))})
+            up = codec.encode(answer, direction="up", known=None, key=ctx.key, leaves=False)
+            sums.add(codec.decode(up.payload, direction="up", known=None), who=whose)
+            sent = Transfer(round=broadcast.round, client=client, direction="up", sizes=up.sizes)
+            transfers += [replace(transfer, exchange=STATISTICS) for transfer in (down, sent)]
+        return StatisticsReply(sums=sums, transfers=tuple(transfers))
 
     def intern(self, mask: Mask | None) -> Mask | None:
         """One object per distinct mask, so that its digest and indices are found once."""
@@ -234,26 +325,33 @@ class Worker:
 
     def _one(self, broadcast: Broadcast, client: int, record: Record | None, *, summed: bool) -> _Done:
         spec, round = self.spec, broadcast.round
-        key = spec.key.fold("round", round, "client", client)
         samples = self.population.train(client)
-        ctx = Context(
-            round=round,
-            key=key,
-            num_clients=spec.num_clients,
-            cohort=broadcast.cohort,
-            origin=self.origin,
-            prunable=self.prunable,
-            lr=spec.trainer.learning_rate.at(round, spec.rounds),
-            client=self.population.info(client),
-            known=None if record is None else record.known,
-            probe=partial(_probe, self.engine, samples, key),
-        )
+        ctx = self._context(broadcast, client, record, samples)
+        key = ctx.key
         fresh = record is None
         if record is None:
-            memories = tuple(
-                self._hook(name, "init_client", ctx, policy.init_client, ctx) for name, policy in spec.policies
+            record = self._new_record(ctx)
+        turn = _Turn(self.local, self.local_buffers)
+        if self.engine.kept:
+            server = broadcast.server
+            seen = self._view(
+                View(
+                    params=server.params,
+                    buffers=server.buffers,
+                    mask=server.mask,
+                    local=self.local,
+                    local_buffers=self.local_buffers,
+                ),
+                record,
+                ctx,
+                keepers(spec),
             )
-            record = Record(memories=memories, known=None)
+            turn = _Turn(seen.local, seen.local_buffers)
+        ctx = replace(
+            ctx,
+            probe=partial(self._probe, samples, key, turn),
+            train=partial(self._train_more, samples, key, turn),
+        )
         whose = who(client, round)
         message, down, wire_seconds = self._receive_download(broadcast, record, ctx, whose)
         sent_mask = message.mask
@@ -261,6 +359,7 @@ class Worker:
 
         started = time.perf_counter()
         fit, after = self._train(message, samples, record, ctx)
+        turn.local, turn.local_buffers = fit.local, fit.local_buffers
         answer = Message()
         for at, (name, policy) in enumerate(spec.policies):
             fit, answer, after[at] = self._hook(name, "end", ctx, policy.end, fit, answer, after[at], ctx)
@@ -292,7 +391,7 @@ class Worker:
             client=client,
             num_examples=len(samples),
             num_steps=fit.num_steps,
-            num_seen=fit.num_seen,
+            num_seen=fit.num_seen + turn.num_seen,
             loss=fit.loss,
             seconds=seconds,
             wire_seconds=wire_seconds,
@@ -372,22 +471,89 @@ class Worker:
         self._last_download = _Download(round, content, message.mask, known, packet)
         return packet
 
-    def _train(self, message: Message, samples: Any, record: Record, ctx: Context) -> tuple[Fit, list[Any]]:
+    def _context(
+        self, broadcast: Broadcast, client: int, record: Record | None, samples: Samples, *names: str
+    ) -> Context:
+        """What hooks of this client may read; `probe` and `train` as for a look from outside of a round."""
+        spec, round = self.spec, broadcast.round
+        key = spec.key.fold("round", round, "client", client, *names)
+        ctx = Context(
+            round=round,
+            key=key,
+            num_clients=spec.num_clients,
+            cohort=broadcast.cohort,
+            origin=self.origin,
+            prunable=self.prunable,
+            lr=spec.trainer.learning_rate.at(round, spec.rounds),
+            server_lr=spec.server_rate.at(round, spec.rounds),
+            client=self.population.info(client),
+            known=None if record is None else record.known,
+            validate=partial(self._validate, client),
+        )
+        turn = _Turn(self.local, self.local_buffers)
+        return replace(
+            ctx,
+            job=self._plain_job(len(samples), ctx.lr),
+            probe=partial(self._probe, samples, key, turn),
+            train=partial(self._train_more, samples, key, turn),
+        )
+
+    def _new_record(self, ctx: Context) -> Record:
+        memories = tuple(
+            self._hook(name, "init_client", ctx, policy.init_client, ctx) for name, policy in self.spec.policies
+        )
+        return Record(memories=memories, known=None)
+
+    def _view(self, view: View, record: Record, ctx: Context, only: Sequence[Policy[Any, Any]] | None = None) -> View:
+        for at in reversed(range(len(self.spec.policies))):
+            name, policy = self.spec.policies[at]
+            if only is None or policy in only:
+                view = self._hook(name, "view", ctx, policy.view, view, record.memories[at], ctx)
+        return view
+
+    def _plain_job(self, num_examples: int, lr: float) -> Job:
+        """A client's training as it is configured, before any policy shapes it."""
         trainer = self.spec.trainer
-        job = Job(
+        return Job(
             params=self.origin,
             buffers=self.origin_buffers,
             mask=None,
-            num_steps=trainer.num_steps(len(samples)),
+            local=self.local,
+            local_buffers=self.local_buffers,
+            num_steps=trainer.num_steps(num_examples),
             batch_size=trainer.batch_size,
-            lr=ctx.lr,
+            lr=lr,
             optim=trainer.optim,
         )
+
+    def _train(self, message: Message, samples: Samples, record: Record, ctx: Context) -> tuple[Fit, list[Any]]:
+        assert ctx.job is not None
+        job = ctx.job
         received, memories = message, list(record.memories)
         for at in reversed(range(len(self.spec.policies))):
             name, policy = self.spec.policies[at]
             message, job, memories[at] = self._hook(name, "begin", ctx, policy.begin, message, job, memories[at], ctx)
         return self.engine.fit(job, received, samples, ctx.key), memories
+
+    def _train_more(self, samples: Samples, key: Key, turn: _Turn, job: Job, name: str) -> Fit:
+        fit = self.engine.fit(job, Message(), samples, key.fold("job", name))
+        turn.num_seen += fit.num_seen
+        return fit
+
+    def _probe(
+        self, samples: Samples, key: Key, turn: _Turn, params: Tree, buffers: Tree, mask: Mask | None, **options: Any
+    ) -> Any:
+        view = View(params=params, buffers=buffers, mask=mask, local=turn.local, local_buffers=turn.local_buffers)
+        return self.engine.probe(view, samples, key, **options)
+
+    def _validate(self, client: int, view: View) -> Mapping[str, float]:
+        held = self.population.held(client)
+        if held is None:
+            raise ConfigError(
+                f"client {client} has nothing to validate on; set validation above 0, or give it more samples"
+            )
+        scores = self.engine.evaluate(view, held, self.spec.evaluation.batch_size)
+        return {name: float(values.mean(dtype=torch.float64)) for name, values in scores.items()}
 
     def _hook(self, name: str, hook: str, ctx: Context, call: Any, *arguments: Any) -> Any:
         try:
@@ -397,12 +563,6 @@ class Worker:
         except Exception as error:
             at = f"round {ctx.round}, client {ctx.client.id if ctx.client else '-'}, {name}.{hook}"
             raise ClientError(f"{at}: {type(error).__name__}: {error}") from error
-
-
-def _probe(
-    engine: Engine, samples: Any, key: Any, params: Tree, buffers: Tree, mask: Mask | None, **options: Any
-) -> Any:
-    return engine.probe(params, buffers, mask, samples, key, **options)
 
 
 def _empty(record: Record) -> bool:
@@ -416,15 +576,7 @@ def peak_gpu_bytes(spec: RunSpec, population: Population) -> int:
     worker = Worker(spec, population)
     largest = max(range(population.num_clients), key=lambda client: population.info(client).num_examples)
     samples = population.train(largest)
-    job = Job(
-        params=worker.origin,
-        buffers=worker.origin_buffers,
-        mask=None,
-        num_steps=2,
-        batch_size=spec.trainer.batch_size,
-        lr=spec.trainer.learning_rate.lr,
-        optim=spec.trainer.optim,
-    )
+    job = replace(worker._plain_job(len(samples), spec.trainer.learning_rate.lr), num_steps=2)
     torch.cuda.reset_peak_memory_stats()
     worker.engine.fit(job, Message(), samples, spec.key)
     return int(torch.cuda.max_memory_allocated())
@@ -442,15 +594,55 @@ def who(client: int, round: int) -> str:
     return f"client {client} in round {round}"
 
 
+def keepers(spec: RunSpec) -> list[Policy[Any, Any]]:
+    """The policies that keep tensors at clients."""
+    return [policy for _, policy in spec.policies if type(policy).keeps is not Policy.keeps]
+
+
+def kept_names(module: nn.Module, spec: RunSpec) -> frozenset[str]:
+    """Parameters and buffers that never leave clients. Raises ConfigError where nothing is left to share."""
+    params, buffers = layouts(module)
+    by_kind = kinds(module)
+    found: frozenset[str] = frozenset()
+    for policy in keepers(spec):
+        found |= policy.keeps(by_kind, buffers)
+    if found >= set(params.names):
+        raise ConfigError(
+            "personal keeps every parameter at the clients; leave at least one to share, or train without rounds"
+        )
+    return found
+
+
+def has_global_model(module: nn.Module, spec: RunSpec) -> bool:
+    """Whether the server has a model that runs without what clients keep."""
+    kept = kept_names(module, spec)
+    return not kept or recomputes(spec)
+
+
+def recomputes(spec: RunSpec) -> bool:
+    """Whether statistics of batch normalisation are recomputed for each evaluation."""
+    return any(isinstance(policy, StaticNorm) for _, policy in spec.policies)
+
+
 def codec_of(module: nn.Module, spec: RunSpec) -> Codec:
     """The wire of a run: the parts of all its policies, inner to outer. Raises ConfigError where it cannot work."""
     params, buffers = layouts(module)
+    kept = kept_names(module, spec)
+    if kept:
+        params = params.select(name for name in params.names if name not in kept)
+        buffers = buffers.select(name for name in buffers.names if name not in kept)
     parts: dict[str, Any] = {}
     for _, policy in spec.policies:
         parts.update(policy.parts(params, buffers))
     cuts = any(policy.cuts == "weights" for _, policy in spec.policies)
-    wire = Codec(parts, params, prunable_names(module, spec.task.scope), spec.wire, unstructured=cuts)
+    prunable = tuple(name for name in prunable_names(module, spec.task.scope) if name not in kept)
+    wire = Codec(parts, params, prunable, spec.wire, unstructured=cuts)
     if wire.followed or wire.feeds_back("down"):
+        if recomputes(spec):
+            raise ConfigError(
+                "batch_norm is 'static'; its statistics are asked of clients in an exchange of its own, and wire.down "
+                "follows what each client was sent before: leave out delta and feedback on the way down"
+            )
         for name, policy in spec.policies:
             if policy.sends_each:
                 raise ConfigError(

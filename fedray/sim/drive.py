@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from fedray.errors import FedrayError, RunError
+from fedray.models.task import constants
 from fedray.sim.checkpoint import load, save
 from fedray.sim.client import Worker
 from fedray.sim.driver import Driver
@@ -72,7 +73,12 @@ def drive(spec: RunSpec, population: Population, runtime: Runtime, recording: Re
                 recorder.log(loss)
                 yield {"note": loss}
             yield {"row": record.row}
-        write_final(recording.folder, driver.server)
+        if driver.stopped is not None:
+            recorder.update(stopped=driver.stopped)
+            recorder.log(driver.stopped)
+            yield {"note": f"stops early: {driver.stopped}"}
+        rest = constants(driver.worker.engine.module)
+        write_final(recording.folder, driver.server, rest | dict((driver.statistics or {}).items()))
     except (Stopped, KeyboardInterrupt, GeneratorExit) as stop:
         recorder.finish("interrupted")
         if isinstance(stop, Stopped):

@@ -13,18 +13,32 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from fedray import costs
 from fedray.errors import FedrayError, RunError
-from fedray.round import Context, Message, Server
+from fedray.models.normalisation import from_second_moments
+from fedray.round import Context, Message, Policy, Server, View
 from fedray.sim.checkpoint import State
-from fedray.sim.client import Broadcast, ClientResult, EvalReply, TrainReply, Worker, same_mask, who
+from fedray.sim.client import (
+    STATISTICS,
+    Broadcast,
+    ClientResult,
+    EvalReply,
+    TrainReply,
+    Worker,
+    recomputes,
+    same_mask,
+    who,
+)
+from fedray.sim.goals import Progress
 from fedray.sim.population import Population
 from fedray.sim.runtime import EvalWork, Runtime
 from fedray.sim.spec import RunSpec
 from fedray.sums import Sums
-from fedray.tree import Mask
-from fedray.wire import Downlink, Download, Ledger, advance
+from fedray.train.engine import try_inputs
+from fedray.tree import Mask, Tree
+from fedray.wire import Downlink, Download, Ledger, Transfer, advance
 
 CHUNK_BATCHES = 4  # evaluation batches per call: small enough to fill gaps at the end of a round
 
@@ -47,6 +61,7 @@ class RoundRecord:
 class _Open:
     """A round that is settled and not yet recorded.
 
+    extra: transfers beside the training. views: scores of clients' own models, where these differ from the server's.
     memories, downlink, snapshot: of server and clients at its end, if it ends with a checkpoint.
     times: its `time/*` metrics; download_s: seconds of coding its download here. scores: as they come in, by tag.
     """
@@ -57,6 +72,8 @@ class _Open:
     old_mask: Mask | None
     before: Server | None
     wanted: bool
+    extra: tuple[Transfer, ...]
+    views: Mapping[int, Mapping[str, Mapping[str, float]]] | None
     memories: tuple[Any, ...]
     downlink: Downlink
     snapshot: Any
@@ -81,6 +98,14 @@ class Driver:
         self.worker = worker
         self.ledger = Ledger()
         self.downlink = Downlink()
+        self.progress = Progress(spec.goals)
+        self.stopped: str | None = None  # why the run ended before its last round
+        # Clients are evaluated one by one where each has a model, or circumstances, of its own.
+        own = any(type(policy).view is not Policy.view for _, policy in spec.policies)
+        self.each_client = own or population.skew is not None
+        # Of batch normalisation, where they are recomputed for each evaluation.
+        self.statistics: Tree | None = None
+        self.sizes = np.diff(population.starts)
         self.flops = self._dense_flops()
         self.activation_bytes = self._activation_bytes()
         self.train_flops = self.simulated_s = self.simulated_j = 0.0
@@ -93,6 +118,8 @@ class Driver:
         self.memories = state.memories
         self.ledger.total = dict(state.totals)
         self.downlink = state.downlink
+        if state.progress:
+            self.progress = Progress.of_plain(spec.goals, state.progress)
         self.train_flops = state.train_flops
         self.simulated_s, self.simulated_j = state.simulated_s, state.simulated_j
         self.first_round = state.round + 1
@@ -112,7 +139,7 @@ class Driver:
         run_started, cpu_before = time.perf_counter(), time.process_time()
         for round in range(self.first_round, self.spec.rounds + 1):
             started = time.perf_counter()
-            cohort = self.spec.sample_cohort(round)
+            cohort = self.spec.sample_cohort(round, self.sizes)
             try:
                 download = self._download(round, cohort)
                 download_s = time.perf_counter() - started
@@ -146,6 +173,15 @@ class Driver:
             if not waiting.wanted:
                 finished.append(waiting)
                 waiting = None
+            elif self.spec.goals.stops:
+                # Whether there is another round depends on this evaluation, so nothing can be trained beside it.
+                while finished:
+                    yield self._record(finished.pop(0))
+                done, waiting = waiting, None
+                yield self._finish(done)
+                self.stopped = self.progress.why_stop
+                if self.stopped is not None:
+                    break
         for done in finished:
             yield self._record(done)
         if waiting is not None:
@@ -160,8 +196,7 @@ class Driver:
 
     def _costs(self, cohort: tuple[int, ...]) -> list[tuple[int, float]]:
         """Each client with the steps that it will take, by which calls are balanced."""
-        sizes = np.diff(self.population.starts)
-        return [(client, float(self.spec.trainer.num_steps(int(sizes[client])))) for client in cohort]
+        return [(client, float(self.spec.trainer.num_steps(int(self.sizes[client])))) for client in cohort]
 
     def _gather(
         self, round: int, replies: Iterator[TrainReply | EvalReply], waiting: _Open | None
@@ -201,6 +236,10 @@ class Driver:
         self.server = replace(server, mask=self.worker.intern(server.mask))
         self.memories = tuple(memories)
         wanted = self._evaluates(round)
+        extra: tuple[Transfer, ...] = ()
+        if wanted and recomputes(spec):
+            extra = self._recompute(round, cohort)
+            before = None  # statistics of another model would make it look worse than it is
         every = spec.checkpoint_every
         saved = every > 0 and round % every == 0
         return _Open(
@@ -210,6 +249,8 @@ class Driver:
             old_mask,
             before if wanted else None,
             wanted,
+            extra,
+            self._views(round, cohort) if wanted and self.each_client else None,
             memories=self.memories if saved else (),
             downlink=self.downlink,
             snapshot=self.runtime.snapshot() if saved else None,
@@ -241,6 +282,10 @@ class Driver:
 
     def _init(self) -> tuple[Server, tuple[Any, ...]]:
         server = Server(params=self.worker.origin, buffers=self.worker.origin_buffers)
+        if self.spec.initial_mask is not None:
+            layout = self.worker.origin.layout
+            kept = {name: mask for name, mask in self.spec.initial_mask.items() if name in layout.names}
+            server = server.cut(Mask.of(layout, kept))
         ctx = self._context(0, ())
         memories = []
         for _, policy in self.spec.policies:
@@ -258,6 +303,7 @@ class Driver:
             origin=self.worker.origin,
             prunable=self.worker.prunable,
             lr=spec.trainer.learning_rate.at(max(round, 1), spec.rounds),
+            server_lr=spec.server_rate.at(max(round, 1), spec.rounds),
         )
 
     # -- evaluation ----------------------------------------------------------------------------------------------
@@ -267,17 +313,43 @@ class Driver:
         return every > 0 and (round % every == 0 or round == self.spec.rounds)
 
     def _evaluations(self, waiting: _Open) -> list[EvalWork]:
-        if not waiting.wanted:
-            return []
+        if not waiting.wanted or not self.worker.has_global_model:
+            return []  # without the tensors that clients keep the server has no model to evaluate
         work = []
         batch = self.spec.evaluation.batch_size
         models = [("after", waiting.server)] + ([("before", waiting.before)] if waiting.before is not None else [])
         for tag, server in models:
-            handle = self.runtime.put(server)
+            view = View(params=server.params, buffers=server.buffers, mask=None, local_buffers=self.statistics)
+            handle = self.runtime.put(view)
             for start in range(0, self.population.num_test, batch * CHUNK_BATCHES):
                 stop = min(start + batch * CHUNK_BATCHES, self.population.num_test)
                 work.append(EvalWork(handle=handle, start=start, stop=stop, batch_size=batch, tag=tag))
         return work
+
+    def _recompute(self, round: int, cohort: tuple[int, ...]) -> tuple[Transfer, ...]:
+        """Ask the cohort for the statistics of batch normalisation in the new model; what crossed for it."""
+        handle = self.runtime.put(Broadcast(round=round, server=self.server, memories=self.memories, cohort=cohort))
+        sums = Sums()
+        transfers: list[Transfer] = []
+        for reply in self.runtime.ask("statistics", handle, self._costs(cohort)):
+            sums.merge(reply.sums)
+            transfers += reply.transfers
+        if STATISTICS in sums:
+            self.statistics = from_second_moments(sums.mean(STATISTICS, otherwise=0.0))
+        return tuple(sorted(transfers, key=lambda transfer: (transfer.client, transfer.direction)))
+
+    def _views(self, round: int, cohort: tuple[int, ...]) -> dict[int, Mapping[str, Mapping[str, float]]]:
+        """The scores of clients' own models on their local tests, before the next round changes their records."""
+        broadcast = Broadcast(
+            round=round, server=self.server, memories=self.memories, cohort=cohort, statistics=self.statistics
+        )
+        clients = self._evaluated_clients(list(cohort))
+        found: dict[int, Mapping[str, Mapping[str, float]]] = {}
+        handle = self.runtime.put(broadcast)
+        costs, batch_size = self._costs(tuple(clients)), self.spec.evaluation.batch_size
+        for reply in self.runtime.ask("evaluate_clients", handle, costs, batch_size):
+            found |= reply.scores
+        return found
 
     def _evaluated_clients(self, cohort: list[int]) -> list[int]:
         chosen = self.spec.evaluation.clients
@@ -290,26 +362,32 @@ class Driver:
 
     def _record(self, waiting: _Open) -> RoundRecord:
         row, clients = self._row(waiting)
-        accuracies: list[float] | None = None
-        if waiting.wanted:
-            scores = _joined(waiting.scores["after"])
-            row |= {f"test/{name}": float(values.mean(dtype=np.float64)) for name, values in scores.items()}
-            main = self.spec.task.metrics[0]
+        task = self.spec.task
+        main, accuracies = task.metrics[0], None
+        scores = _joined(waiting.scores["after"]) if waiting.scores else None
+        if scores is not None:
+            means = {name: float(values.mean(dtype=np.float64)) for name, values in scores.items()}
+            row |= {f"test/{name}": value for name, value in (means | task.objective.derive(means)).items()}
             if waiting.before is not None:
                 before = _joined(waiting.scores["before"])[main]
                 row[f"test/{main}_before_prune"] = float(before.mean(dtype=np.float64))
                 row[f"test/{main}_after_prune"] = row[f"test/{main}"]
-            # One model for all: a client's local test is a choice of rows that are scored already.
-            accuracies = []
+        if waiting.wanted:
+            by_model: dict[str, list[float]] = {}
             for client in self._evaluated_clients(list(clients)):
-                mine = float(scores[main][self.population.local_test(client)].mean(dtype=np.float64))
-                accuracies.append(mine)
-                clients.setdefault(client, {"round": row["round"], "client": client})[f"test/{main}"] = mine
-            if accuracies:
-                row[f"client/{main}_mean"] = float(np.mean(accuracies))
-                row[f"client/{main}_p10"] = float(np.percentile(accuracies, 10))
-                row[f"client/{main}_p90"] = float(np.percentile(accuracies, 90))
-        transfers = [entry for result in waiting.results for transfer in result.transfers for entry in transfer.rows()]
+                own = clients.setdefault(client, {"round": row["round"], "client": client})
+                for which, value in self._local_scores(waiting, scores, client, main).items():
+                    name = main if which == "own" else f"{which}_{main}"
+                    own[f"test/{name}"] = value
+                    by_model.setdefault(name, []).append(value)
+            for name, values in by_model.items():
+                row[f"client/{name}_mean"] = float(np.mean(values))
+                row[f"client/{name}_p10"] = float(np.percentile(values, 10))
+                row[f"client/{name}_p90"] = float(np.percentile(values, 90))
+            accuracies = by_model.get(main, [])
+            self.progress.enter(row)
+        row |= self.progress.metrics()
+        transfers = [entry for transfer in _transfers(waiting) for entry in transfer.rows()]
         return RoundRecord(
             row=row,
             clients=list(clients.values()),
@@ -318,10 +396,21 @@ class Driver:
             state=None if waiting.snapshot is None else self._saver(waiting),
         )
 
+    def _local_scores(
+        self, done: _Open, scores: Mapping[str, np.ndarray] | None, client: int, main: str
+    ) -> dict[str, float]:
+        """A client's main metric on its local test, by model."""
+        if done.views is not None:
+            return {which: metrics[main] for which, metrics in done.views[client].items()}
+        assert scores is not None
+        # One model for all: a client's local test is a choice of rows that are scored already.
+        return {"own": float(scores[main][self.population.local_test(client)].mean(dtype=np.float64))}
+
     def _saver(self, done: _Open) -> Callable[[], State]:
         """The state at the end of a round; records are loaded only when it is asked for."""
         totals, train_flops = dict(self.ledger.total), self.train_flops
         simulated_s, simulated_j = self.simulated_s, self.simulated_j
+        progress = self.progress.plain()
 
         def state() -> State:
             return State(
@@ -336,6 +425,7 @@ class Driver:
                 simulated_s=simulated_s,
                 simulated_j=simulated_j,
                 downlink=done.downlink,
+                progress=progress,
             )
 
         return state
@@ -364,7 +454,7 @@ class Driver:
         row |= memory
         if self.spec.hardware is not None:
             row["device/memory_share"] = memory["model/peak_bytes"] / self.spec.hardware.memory_bytes
-        row |= self.ledger.enter(transfer for result in results for transfer in result.transfers)
+        row |= self.ledger.enter(_transfers(done))
         row["time/train_s"] = sum(result.seconds for result in results)
         row["time/wire_s"] = done.download_s + sum(result.wire_seconds for result in results)
         row |= done.times
@@ -428,20 +518,22 @@ class Driver:
         }
 
     def _activation_bytes(self) -> int:
-        import torch
+        count, objective = min(self.spec.trainer.batch_size, int(self.sizes.max())), self.spec.task.objective
+        batch = try_inputs(count, self.population.sample_shape, self.population.vocabulary)
 
-        largest = int(np.diff(self.population.starts).max())
-        batch = torch.zeros(min(self.spec.trainer.batch_size, largest), *self.population.sample_shape)
-        targets = torch.zeros(len(batch), dtype=torch.int64)
-        return costs.activation_bytes(
-            self.worker.engine.module, batch, loss=lambda outputs: self.spec.task.loss(outputs, targets)
-        )
+        def loss(outputs: torch.Tensor) -> torch.Tensor:
+            targets = objective.targets(count, outputs.shape[-1], self.population.sample_shape)
+            return objective.loss(outputs, targets)
+
+        return costs.activation_bytes(self.worker.engine.module, batch, loss=loss)
 
     def _dense_flops(self) -> dict[str, int]:
-        import torch
+        sample = try_inputs(1, self.population.sample_shape, self.population.vocabulary)
+        return costs.forward_flops(self.worker.engine.module, sample.to(self.worker.engine.device))
 
-        sample = torch.zeros(1, *self.population.sample_shape, device=self.worker.engine.device)
-        return costs.forward_flops(self.worker.engine.module, sample)
+
+def _transfers(done: _Open) -> list[Transfer]:
+    return [transfer for result in done.results for transfer in result.transfers] + list(done.extra)
 
 
 def digest(server: Server) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,11 +15,15 @@ MODEL_FILE = "model.safetensors"
 MASK_FILE = "mask.safetensors"
 
 
-def write_final(folder: str, server: Server) -> None:
-    """`final/model.safetensors` with parameters and buffers, `final/mask.safetensors` with booleans if masked."""
+def write_final(folder: str, server: Server, constants: Mapping[str, torch.Tensor]) -> None:
+    """`final/model.safetensors` with parameters, constants and buffers, `final/mask.safetensors` if masked.
+
+    What clients keep to themselves is not in it.
+    """
     final = Path(folder) / "final"
     final.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.clone() for tree in (server.params, server.buffers) for name, value in tree.items()}
+    tensors |= {name: value.detach().cpu().contiguous() for name, value in constants.items()}
     save_file(tensors, final / MODEL_FILE)
     if server.mask is not None:
         save_file({name: kept.clone() for name, kept in server.mask.items()}, final / MASK_FILE)

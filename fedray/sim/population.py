@@ -7,13 +7,16 @@ view, so a thousand clients cost one copy of the data.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
 
+from fedray.keys import Key
 from fedray.round import ClientInfo
 from fedray.train import Samples
+from fedray.train.engine import Augmented
 from fedray.tree import tensor_view
 
 
@@ -23,8 +26,14 @@ class Population:
     train_x, test_x:  uint8 or float32, (n, *shape); train_y, test_y: int64 (n,).
     rows, starts:     client c holds the training rows `rows[starts[c]:starts[c + 1]]`.
     local_rows, local_starts: likewise for its local test, rows of the test set.
-    label_counts:     (num_clients, num_classes).
+    label_counts:     (num_clients, num_labels).
     mean, std, scale: the model's input is (x * scale - mean) / std.
+    vocabulary:       how many tokens there are, if samples are tokens.
+    held_rows, held_starts: likewise for what is set apart of its training data for gates; None for nothing.
+    skew:             what clients' circumstances make of their samples, called as
+                      skew(x, positions=, size=, client=, num_clients=, key=); None for nothing.
+    augment:          random changes of training inputs, called as augment(x, generator); None for none.
+    key:              what the skew draws from.
     """
 
     train_x: np.ndarray
@@ -39,6 +48,12 @@ class Population:
     mean: np.ndarray
     std: np.ndarray
     scale: float
+    vocabulary: int | None = None
+    held_rows: np.ndarray | None = None
+    held_starts: np.ndarray | None = None
+    skew: Any = None
+    augment: Any = None
+    key: Key | None = None
 
     @property
     def num_clients(self) -> int:
@@ -53,9 +68,10 @@ class Population:
         return self.train_x.shape[1:]
 
     @cached_property
-    def _tensors(self) -> tuple[torch.Tensor, ...]:
-        arrays = (self.train_x, self.train_y, self.test_x, self.test_y, self.rows, self.mean, self.std)
-        return tuple(tensor_view(np.ascontiguousarray(array)) for array in arrays)
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        names = ("train_x", "train_y", "test_x", "test_y", "rows", "local_rows", "mean", "std", "held_rows")
+        found = {name: getattr(self, name) for name in names}
+        return {name: tensor_view(np.ascontiguousarray(a)) for name, a in found.items() if a is not None}
 
     def touch(self) -> None:
         """Read a byte of every page, so that shared memory is mapped now and not in the middle of the first rounds."""
@@ -83,16 +99,54 @@ class Population:
         """The training data of one client."""
         found = self._samples.get(client)
         if found is None:
-            train_x, train_y, _, _, rows, mean, std = self._tensors
-            index = rows[int(self.starts[client]) : int(self.starts[client + 1])]
-            found = self._samples[client] = Samples(train_x, train_y, index, mean, std, self.scale)
+            index = self._of("rows", self.starts, client)
+            found = self._samples[client] = self._view("train", index, client, self.augment)
         return found
+
+    def held(self, client: int) -> Samples | None:
+        """What is set apart of a client's training data; None where that is nothing."""
+        if self.held_starts is None:
+            return None
+        index = self._of("held_rows", self.held_starts, client)
+        return self._view("train", index, client) if len(index) else None
 
     def test(self, start: int, stop: int) -> Samples:
         """A stretch of the global test set."""
-        _, _, test_x, test_y, _, mean, std = self._tensors
-        return Samples(test_x, test_y, torch.arange(start, stop), mean, std, self.scale)
+        return self._view("test", torch.arange(start, stop))
+
+    def local_samples(self, client: int) -> Samples:
+        """A client's local test, under its own circumstances."""
+        return self._view("test", self._of("local_rows", self.local_starts, client), client)
+
+    def _of(self, rows: str, starts: np.ndarray, client: int) -> torch.Tensor:
+        return self._tensors[rows][int(starts[client]) : int(starts[client + 1])]
+
+    def _view(
+        self, split: str, index: torch.Tensor, client: int | None = None, augment: Augmented | None = None
+    ) -> Samples:
+        tensors = self._tensors
+        skew = None
+        if self.skew is not None and client is not None:
+            assert self.key is not None
+            key = self.key.fold("skew", split, client)
+            skew = partial(_skewed, self.skew, size=len(index), client=client, num_clients=self.num_clients, key=key)
+        return Samples(
+            tensors[f"{split}_x"],
+            tensors[f"{split}_y"],
+            index,
+            tensors["mean"],
+            tensors["std"],
+            self.scale,
+            tokens=self.vocabulary is not None,
+            skew=skew,
+            augment=augment,
+        )
 
     def local_test(self, client: int) -> np.ndarray:
         """The rows of the test set that make up a client's local test."""
         return self.local_rows[self.local_starts[client] : self.local_starts[client + 1]]
+
+
+def _skewed(skew: Any, x: torch.Tensor, positions: torch.Tensor, **facts: Any) -> torch.Tensor:
+    found: torch.Tensor = skew(x, positions=positions, **facts)
+    return found

@@ -20,7 +20,7 @@ import time
 import traceback
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +41,9 @@ from fedray.errors import ClientError, ConfigError, FedrayError, RunError
 from fedray.sim.plan import Cluster, Plan
 
 if TYPE_CHECKING:
-    from fedray.round import Server
+    from fedray.round import Server, View
     from fedray.sim.client import Broadcast, EvalReply, Record, TrainReply
-    from fedray.sim.runtime import EvalWork
+    from fedray.sim.runtime import EvalWork, Question
 
 LOST = (RayActorError, WorkerCrashedError, OwnerDiedError, ObjectLostError, OutOfMemoryError)
 """What a dead process looks like to whoever waits for it."""
@@ -185,21 +185,40 @@ class ClientActor:
         held: (version, records by client), for clients whose committed version this process does not have.
         """
         try:
-            mine: dict[int, Any] = {}
-            for client, version in zip(clients, versions, strict=True):
-                if version == 0:
-                    continue
-                if self.records.get(client, (0, None))[0] != version:
-                    # An older bundle may hold the same client's earlier record: the version decides.
-                    (record,) = [records[client] for at, records in held if at == version and client in records]
-                    self.records[client] = (version, record)
-                mine[client] = self.records[client][1]
-            reply, changed = self.worker.train(broadcast, clients, mine)
+            reply, changed = self.worker.train(broadcast, clients, self._records(clients, versions, held))
             for client, record in changed.items():
                 self.records[client] = (broadcast.round, record)
             return reply, (broadcast.round, changed)
         except FedrayError as error:
             return Failure.of(error), (broadcast.round, {})
+
+    def ask(
+        self,
+        question: Question,
+        broadcast: Broadcast,
+        clients: Sequence[int],
+        versions: Sequence[int],
+        arguments: Sequence[Any],
+        *held: tuple[int, Mapping[int, Any]],
+    ) -> Any:
+        """Call this method of the worker; versions and held as in `train`."""
+        try:
+            records = self._records(clients, versions, held)
+            return getattr(self.worker, question)(broadcast, clients, records, *arguments)
+        except FedrayError as error:
+            return Failure.of(error)
+
+    def _records(self, clients: Sequence[int], versions: Sequence[int], held: Sequence[Any]) -> dict[int, Any]:
+        mine: dict[int, Any] = {}
+        for client, version in zip(clients, versions, strict=True):
+            if version == 0:
+                continue
+            if self.records.get(client, (0, None))[0] != version:
+                # An older bundle may hold the same client's earlier record: the version decides.
+                (record,) = [records[client] for at, records in held if at == version and client in records]
+                self.records[client] = (version, record)
+            mine[client] = self.records[client][1]
+        return mine
 
     def evaluate(self, server: Server, start: int, stop: int, batch_size: int, tag: str) -> Any:
         """Score test rows start to stop."""
@@ -232,7 +251,10 @@ class Failure:
 
 @dataclass
 class _Call:
-    """One call in flight or waiting: training, an evaluation, or the wait for a restarted process. actor None: any."""
+    """One call in flight or waiting: training, an evaluation, or the wait for a restarted process. actor None: any.
+
+    question: what clients are asked, and with which arguments; None where they train.
+    """
 
     cost: float
     actor: int | None
@@ -240,6 +262,7 @@ class _Call:
     evaluation: EvalWork | None = None
     restart: bool = False
     tries: int = 0
+    question: tuple[Question, tuple[Any, ...]] | None = None
 
 
 @dataclass
@@ -313,7 +336,7 @@ class RayRuntime:
                     waiting[self.actors[index].ready.remote()] = (index, tries + 1)
         return engine
 
-    def put(self, value: Broadcast | Server) -> Any:
+    def put(self, value: Broadcast | Server | View) -> Any:
         return ray.put(value)
 
     def start(
@@ -322,6 +345,15 @@ class RayRuntime:
         """At most one call in flight per slot and per actor; training first, the longest first."""
         waiting = sorted(self._train_calls(clients), key=lambda call: -call.cost)
         waiting += [_Call(cost=0.0, actor=None, evaluation=work) for work in evaluations]
+        work = _Work(broadcast=broadcast, waiting=waiting)
+        self._fill(work)
+        return self._answers(work)
+
+    def ask(
+        self, question: Question, broadcast: Any, clients: Sequence[tuple[int, float]], *arguments: Any
+    ) -> Iterator[Any]:
+        """Each client is asked where it lives."""
+        waiting = [replace(call, question=(question, arguments)) for call in self._train_calls(clients)]
         work = _Work(broadcast=broadcast, waiting=waiting)
         self._fill(work)
         return self._answers(work)
@@ -341,7 +373,7 @@ class RayRuntime:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _answers(self, work: _Work) -> Iterator[TrainReply | EvalReply]:
+    def _answers(self, work: _Work) -> Iterator[Any]:
         while work.flying:
             for ref in self._wait(list(work.flying)):
                 call, actor, records = work.flying.pop(ref)
@@ -405,6 +437,9 @@ class RayRuntime:
             versions.append(version)
             if ref is not None and self.held_by.get(client) != actor:
                 held[ref] = None
+        if call.question is not None:
+            question, arguments = call.question
+            return handle.ask.remote(question, broadcast, call.clients, versions, arguments, *held), None
         reply, records = handle.train.options(num_returns=2).remote(broadcast, call.clients, versions, *held)
         return reply, records
 
@@ -437,7 +472,9 @@ class RayRuntime:
             return [_Call(cost=call.cost, actor=None, evaluation=call.evaluation, tries=tries)]
         for client in call.clients:
             self.deaths[client] = self._count(self.deaths.get(client, 0), f"client {client}", error)
-        return [_Call(cost=call.cost, actor=actor, clients=(client,)) for client in call.clients]
+        return [
+            _Call(cost=call.cost, actor=actor, clients=(client,), question=call.question) for client in call.clients
+        ]
 
     def _count(self, deaths: int, whose: str, error: Exception) -> int:
         if deaths + 1 >= MAX_DEATHS:

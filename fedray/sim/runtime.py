@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from fedray.round import Server
+from fedray.round import Server, View
 from fedray.sim.client import Broadcast, EvalReply, Record, TrainReply, Worker
 from fedray.sim.population import Population
 from fedray.sim.spec import RunSpec
 
+Question = Literal["evaluate_clients", "statistics"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalWork:
-    """Score test rows start to stop with the model behind `handle` (of a Server). tag: for the driver."""
+    """Score test rows start to stop with the model behind `handle` (of a Server or a View). tag: for the driver."""
 
     handle: Any
     start: int
@@ -41,7 +43,7 @@ class Runtime(Protocol):
         """One line for each process lost since the last call."""
         ...
 
-    def put(self, value: Broadcast | Server) -> Any:
+    def put(self, value: Broadcast | Server | View) -> Any:
         """A handle to a value that many calls will read."""
         ...
 
@@ -67,6 +69,13 @@ class Runtime(Protocol):
         """
         ...
 
+    def ask(
+        self, question: Question, broadcast: Any, clients: Sequence[tuple[int, float]], *arguments: Any
+    ) -> Iterator[Any]:
+        """Call a method of the worker for clients, given as (client, cost), with their records as they are now;
+        nothing is remembered. Answers in any order."""
+        ...
+
 
 class InlineRuntime:
     """Everything in this process, one call for the whole cohort: for breakpoints, tests and tiny runs."""
@@ -81,7 +90,7 @@ class InlineRuntime:
     def take_losses(self) -> list[str]:
         return []
 
-    def put(self, value: Broadcast | Server) -> Any:
+    def put(self, value: Broadcast | Server | View) -> Any:
         return value
 
     def snapshot(self) -> Any:
@@ -103,3 +112,10 @@ class InlineRuntime:
             yield reply
         for work in evaluations:
             yield self.worker.evaluate(work.handle, work.start, work.stop, work.batch_size, work.tag)
+
+    def ask(
+        self, question: Question, broadcast: Any, clients: Sequence[tuple[int, float]], *arguments: Any
+    ) -> Iterator[Any]:
+        if clients:
+            members = [client for client, _ in clients]
+            yield getattr(self.worker, question)(broadcast, members, self.records, *arguments)

@@ -8,10 +8,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
+from torch import Tensor
+
 from fedray.costs import Device, Link
 from fedray.keys import Key
 from fedray.models import Task
 from fedray.round import Optim, Policy, RunFacts
+from fedray.sim.goals import Goals
+from fedray.sim.sampling import Always, Availability, Sampler, Uniform
 from fedray.train import LearningRate
 from fedray.train.engine import EngineKind
 from fedray.wire import Wire
@@ -52,6 +57,9 @@ class RunSpec:
     checkpoint_every: rounds between checkpoints; 0 for none.
     policies: (name, policy), inner to outer. wire: how messages are written.
     device: where training runs. hardware, link: what clients are imagined to have, for simulated time and energy.
+    server_rate: factor on the strategies' own rates. sampler, availability: who takes part in a round.
+    validation: share of each client's training data that is set apart for gates. goals: targets and early stopping.
+    initial_mask: what the model that the run starts from has lost, bool by tensor; None for nothing.
     config: the whole resolved configuration, nested, for records; nothing is read from it.
     """
 
@@ -66,6 +74,12 @@ class RunSpec:
     wire: Wire
     trainer: TrainerSpec
     evaluation: EvalSpec
+    server_rate: LearningRate = field(default_factory=lambda: LearningRate(lr=1.0))
+    sampler: Sampler = field(default_factory=Uniform)
+    availability: Availability = field(default_factory=Always)
+    validation: float = 0.0
+    goals: Goals = field(default_factory=Goals)
+    initial_mask: Mapping[str, Tensor] | None = None
     checkpoint_every: int = 0
     device: str = "cpu"
     hardware: Device | None = None
@@ -90,9 +104,11 @@ class RunSpec:
             epochs=self.trainer.epochs,
             steps=self.trainer.steps,
             policies=self.policies,
+            validation=self.validation,
         )
 
-    def sample_cohort(self, round: int) -> tuple[int, ...]:
-        """The clients of a round: uniform without replacement, sorted; a function of the seed and the round."""
-        chosen = self.key.fold("round", round, "cohort").numpy().choice(self.num_clients, self.cohort, replace=False)
+    def sample_cohort(self, round: int, sizes: np.ndarray) -> tuple[int, ...]:
+        """The clients of a round, sorted; a function of the seed and the round. sizes: examples of every client."""
+        here = np.flatnonzero(self.availability(round=round, num_clients=self.num_clients, key=self.key))
+        chosen = self.sampler(here, cohort=self.cohort, sizes=sizes, round=round, key=self.key)
         return tuple(sorted(int(client) for client in chosen))

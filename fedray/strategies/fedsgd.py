@@ -89,5 +89,5 @@ class FedSGD(Policy[None, None]):
     def settle(self, server: Server, sums: Sums, memory: None, ctx: Context) -> tuple[Server, Sums, None]:
         if "gradient" not in sums:
             return server, sums, memory
-        params = tree.add(server.params, sums.mean("gradient", otherwise=0.0), -ctx.lr * self.lr)
+        params = tree.add(server.params, sums.mean("gradient", otherwise=0.0), -ctx.lr * self.lr * ctx.server_lr)
         return settle_buffers(replace(server, params=params), sums), sums, memory

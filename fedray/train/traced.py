@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedray.models.task import constants, trainable
+
 LossFn = Callable[[Tensor, Tensor], Tensor]
 aten = torch.ops.aten
 
@@ -34,7 +36,9 @@ class TracedStep:
 
         if any(True for _ in module.buffers()):
             raise NotTraceable("the model has buffers")
-        names = [name for name, _ in module.named_parameters()]
+        if constants(module):
+            raise NotTraceable("the model has constant parameters")
+        names = list(trainable(module))
 
         def step(*arguments: Tensor) -> tuple[Tensor, ...]:
             params = [argument.detach().requires_grad_() for argument in arguments[:-2]]
@@ -42,7 +46,7 @@ class TracedStep:
             value = loss(outputs, arguments[-1])
             return value, *torch.autograd.grad(value, params)
 
-        params = [p.detach() for p in module.parameters()]
+        params = [p.detach() for p in trainable(module).values()]
         try:
             recorded = make_fx(step, tracing_mode="symbolic")(*params, x, y)
         except Exception as error:  # whatever a user's module does under a tracer

@@ -52,6 +52,7 @@ class Transfer:
     """What crossed between the server and one client in one direction of a round.
 
     payloads: how many crossed; more than one where a client caught up with what it had missed.
+    exchange: what for: "train", or a question beside the training.
     """
 
     round: int
@@ -59,6 +60,7 @@ class Transfer:
     direction: Direction
     sizes: tuple[PartSize, ...]
     payloads: int = 1
+    exchange: str = "train"
 
     @property
     def total_bytes(self) -> int:
@@ -75,7 +77,9 @@ class Transfer:
 
     def rows(self) -> list[dict[str, object]]:
         """One dict a part, as it stands in transfers.jsonl."""
-        several = {"payloads": self.payloads} if self.payloads > 1 else {}
+        several: dict[str, object] = {"payloads": self.payloads} if self.payloads > 1 else {}
+        if self.exchange != "train":
+            several["exchange"] = self.exchange
         return [
             {
                 "round": self.round,

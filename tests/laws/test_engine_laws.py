@@ -15,7 +15,7 @@ from torch import nn
 from fedray.keys import Key
 from fedray.models import Task
 from fedray.pruners import NoPruning
-from fedray.round import Job, Message, Optim
+from fedray.round import Job, Message, Optim, View
 from fedray.sim.client import Worker
 from fedray.sim.spec import TrainerSpec
 from fedray.strategies import FedAvg, FedSGD
@@ -53,7 +53,7 @@ def samples(model="mlp", count=11, offset=0, shape=None):
 
 def job(engine, *, mask=None, num_steps=10, batch_size=4, optim=None, lr=None, **changes):
     optim = optim or Optim()
-    params, buffers = engine.origin()
+    params, buffers = engine.origin()[:2]
     lr = RATES[optim.name] if lr is None else lr
     return Job(
         params=params,
@@ -65,6 +65,10 @@ def job(engine, *, mask=None, num_steps=10, batch_size=4, optim=None, lr=None, *
         optim=optim,
         **changes,
     )
+
+
+def view(params, buffers, mask=None):
+    return View(params=params, buffers=buffers, mask=mask)
 
 
 def fit(engine, given, data, key=KEY):
@@ -147,7 +151,7 @@ def engines():
     def get(model, kind):
         if (model, kind) not in made:
             made[model, kind] = engine(model, kind)
-            made[model, kind].start = made[model, kind].origin()
+            made[model, kind].start = made[model, kind].origin()[:2]
             made[model, kind].origin = lambda: made[model, kind].start
         return made[model, kind]
 
@@ -361,8 +365,10 @@ def test_a_probe_gives_the_dense_gradient_at_the_pruned_point(batch_size, model,
         return  # statistics cannot be recorded
     mine, data = engines(model, kind), samples(model)
     mask = half(mine.params_layout)
-    params, buffers = mine.origin()
-    seen, evidence = mine.probe(params, buffers, mask, data, KEY, wants=frozenset({"grad"}), batch_size=batch_size)
+    params, buffers = mine.origin()[:2]
+    seen, evidence = mine.probe(
+        view(params, buffers, mask), data, KEY, wants=frozenset({"grad"}), batch_size=batch_size
+    )
     order = KEY.fold("probe").permutation(11)[:batch_size]
     module = copy.deepcopy(mine.module)
     for name, parameter in module.named_parameters():
@@ -376,16 +382,16 @@ def test_a_probe_gives_the_dense_gradient_at_the_pruned_point(batch_size, model,
     assert seen["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert distance(evidence["grad"], flat(p.grad for p in module.parameters())) < 1e-5
     assert evidence["grad"].flat[~mask.flat].count_nonzero() > 0
-    without = mine.probe(params, buffers, mask, data, KEY, wants=frozenset(), batch_size=batch_size)
+    without = mine.probe(view(params, buffers, mask), data, KEY, wants=frozenset(), batch_size=batch_size)
     assert without == (seen, {})
 
 
 def test_a_probe_in_chunks_is_a_probe_at_once(engines, monkeypatch):
-    mine, (params, buffers) = engines("mlp", "eager"), engines("mlp", "eager").origin()
+    mine, (params, buffers) = engines("mlp", "eager"), engines("mlp", "eager").origin()[:2]
     options = {"wants": frozenset({"grad"}), "batch_size": None}
-    whole = mine.probe(params, buffers, None, samples(), KEY, **options)
+    whole = mine.probe(view(params, buffers, None), samples(), KEY, **options)
     monkeypatch.setattr(engine_module, "PROBE_CHUNK", 4)
-    chunked = mine.probe(params, buffers, None, samples(), KEY, **options)
+    chunked = mine.probe(view(params, buffers, None), samples(), KEY, **options)
     assert distance(chunked[1]["grad"], whole[1]["grad"]) < 1e-6
     assert chunked[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-6)
 
@@ -397,7 +403,7 @@ def test_jobs_and_probes_leave_their_inputs_alone_and_nothing_behind(engines):
     first = fit(mine, given, samples())
     kept = first.params.flat.clone()
     fit(mine, job(mine, optim=OPTIMS["adam"]), samples(offset=15))
-    mine.probe(first.params, first.buffers, None, samples(), KEY, wants=frozenset({"grad"}), batch_size=None)
+    mine.probe(view(first.params, first.buffers, None), samples(), KEY, wants=frozenset({"grad"}), batch_size=None)
     assert torch.equal(first.params.flat, kept)
     assert torch.equal(given.params.flat, before[0])
     assert torch.equal(given.drift.flat, before[1])
@@ -415,10 +421,10 @@ def test_running_statistics_move_in_training_as_in_torch_and_rest_in_evaluation(
     assert distance(done.buffers, given.buffers) > 0.01
     for name, value in done.buffers.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-6)
-    mine.evaluate(done.params, done.buffers, data)
+    mine.evaluate(view(done.params, done.buffers), data)
     assert equal(mine._read_buffers(), done.buffers)
-    other = mine.evaluate(done.params, given.buffers, data)
-    assert not torch.equal(other["loss"], mine.evaluate(done.params, done.buffers, data)["loss"])
+    other = mine.evaluate(view(done.params, given.buffers), data)
+    assert not torch.equal(other["loss"], mine.evaluate(view(done.params, done.buffers), data)["loss"])
 
 
 class Cumulative(nn.Module):
@@ -440,7 +446,7 @@ def test_statistics_do_not_leak_between_clients_of_one_process(model):
     given = job(shared)
     neighbour, mine = (samples(offset=offset, shape=shape) for offset in (0, 20))
     fit(shared, given, neighbour)
-    shared.probe(given.params, given.buffers, None, neighbour, KEY, wants=frozenset({"grad"}), batch_size=None)
+    shared.probe(view(given.params, given.buffers, None), neighbour, KEY, wants=frozenset({"grad"}), batch_size=None)
     one, two = fit(shared, given, mine), fit(alone, given, mine)
     assert equal(one.params, two.params)
     assert equal(one.buffers, two.buffers)
@@ -520,18 +526,20 @@ def test_dropout_is_a_function_of_the_key(kind):
     one = job(mine, num_steps=1, batch_size=11)
     assert distance(fit(mine, one, samples()).params, fit(mine, one, samples(), Key.of(5)).params) > 1e-4
     params, buffers = given.params, given.buffers
-    scores = [mine.evaluate(params, buffers, samples())["loss"] for _ in range(2)]
+    scores = [mine.evaluate(view(params, buffers), samples())["loss"] for _ in range(2)]
     assert torch.equal(*scores)  # nothing is dropped in evaluation
 
 
 def test_a_probe_is_a_function_of_the_key_also_with_dropout():
     mine = engine(made=(Task(build=Dropping), (6,)))
-    params, buffers = mine.origin()
+    params, buffers = mine.origin()[:2]
     found = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         state = torch.get_rng_state()
-        found.append(mine.probe(params, buffers, None, samples(), KEY, wants=frozenset({"grad"}), batch_size=None))
+        found.append(
+            mine.probe(view(params, buffers, None), samples(), KEY, wants=frozenset({"grad"}), batch_size=None)
+        )
         assert torch.equal(torch.get_rng_state(), state)
     assert equal(found[0][1]["grad"], found[1][1]["grad"])
 

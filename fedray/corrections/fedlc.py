@@ -1,0 +1,49 @@
+"""FedLC: logits calibrated by how often a client has each class."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import final
+
+from fedray.errors import ConfigError
+from fedray.round import Context, Job, Message, Policy, RunFacts, refuse
+
+ABSENT = 1e-8
+"""What a class without examples counts as: its shift is 100 tau, and e^-100 is nothing beside any class that is there.
+The limit of the paper's formula is infinite, and an infinite logit makes NaN of a smoothed target."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class FedLC(Policy[None, None]):
+    """Logits calibration (Zhang et al. 2022, equation 7): the local loss is the cross-entropy of f_c - tau n_c^(-1/4).
+
+    n_c is the client's number of examples of class c. A class that it does not have takes no part in its softmax:
+    such a class counts as 1e-8 of an example here. In training alone: evaluation takes the logits as they are. At tau
+    0 this is the strategy alone; the shift adds to what is there.
+
+    tau: strength of the calibration, at least 0. The paper tunes it.
+    """
+
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        refuse(not 0.0 <= self.tau < math.inf, "tau", self.tau, "it must be 0 or more; 0 switches the calibration off")
+
+    def check(self, run: RunFacts) -> None:
+        if run.objective not in (None, "classification"):
+            raise ConfigError(
+                f"correction is fedlc and the data's objective is {run.objective}; it calibrates by the classes of "
+                "examples: leave the correction out"
+            )
+
+    def begin(self, message: Message, job: Job, memory: None, ctx: Context) -> tuple[Message, Job, None]:
+        if self.tau == 0.0:
+            return message, job, memory
+        assert ctx.client is not None
+        shift = tuple(self.tau * max(count, ABSENT) ** -0.25 for count in ctx.client.label_counts)
+        there = job.loss.logit_shift
+        if there is not None:
+            shift = tuple(a + b for a, b in zip(there, shift, strict=True))
+        return message, replace(job, loss=replace(job.loss, logit_shift=shift)), memory

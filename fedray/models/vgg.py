@@ -1,0 +1,50 @@
+"""VGG-11 for images of 32x32 and more. Input (batch, channels, height, width), output logits."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fedray.models.cnn import image_shape
+from fedray.models.normalisation import Norm, check_norm, make_norm
+
+WIDTHS = (64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0)  # 0 stands for 2x2 max pooling
+
+
+class VGG11(nn.Module):
+    """VGG-11 with two hidden layers of 512 units: 9,750,922 parameters on 3x32x32 with ten classes and norm "none".
+
+    Simonyan & Zisserman 2015, configuration A, in the CIFAR variant that FedNova (Wang et al. 2020) trains:
+    convolutions with biases and no normalisation, dropout before both hidden layers.
+    norm: none | batch | group, after every convolution. groups: at most so many, see `normalisation.group_count`.
+    dropout: the probability of a zero in training, 0 for none.
+    """
+
+    def __init__(
+        self, *, shape: tuple[int, ...], num_classes: int, norm: Norm = "none", groups: int = 32, dropout: float = 0.5
+    ) -> None:
+        super().__init__()
+        check_norm(norm, groups)
+        channels, height, width = image_shape(shape, "vgg11", 32)
+        layers: list[nn.Module] = []
+        for out in WIDTHS:
+            if not out:
+                layers.append(nn.MaxPool2d(2))
+                continue
+            layers.append(nn.Conv2d(channels, out, 3, padding=1))
+            if norm != "none":
+                layers.append(make_norm(norm, out, groups))
+            layers.append(nn.ReLU())
+            channels = out
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(
+            nn.Dropout(dropout),
+            nn.Linear(512 * (height // 32) * (width // 32), 512),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(512, 512),
+            nn.ReLU(),
+            nn.Linear(512, num_classes),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).flatten(1))  # type: ignore[no-any-return]

@@ -1,0 +1,107 @@
+"""FedDyn: its fixed point is the optimum of the mean loss, and what clients remember are their gradients."""
+
+import pytest
+import torch
+from quadratics import Federation, draw, facts, some
+
+from fedray.errors import ConfigError
+from fedray.round import Job, Message, Optim, Server
+from fedray.strategies import FedAvg, FedDyn
+from fedray.tree import equal
+
+BENDS, STEPS = (0.5, 1.0, 4.0), (150, 150, 150)
+SAMPLED = ((0, 1), (1, 2), (2, 0), (1,))
+
+
+def federation(strategy, **changes):
+    return Federation((strategy,), **{"steps": STEPS, "bends": BENDS, "lr": 0.2} | changes)
+
+
+@pytest.mark.parametrize("cohorts", [None, SAMPLED], ids=["everyone", "sampled"])
+def test_feddyn_reaches_the_optimum_of_the_mean_loss_and_fedavg_does_not(cohorts):
+    mine, theirs = (federation(s) for s in (FedDyn(alpha=0.8), FedAvg(weight_by="uniform")))
+    optimum = mine.optimum()
+    error = [float((f.run(150, cohorts).double() - optimum).norm() / optimum.norm()) for f in (mine, theirs)]
+    assert error[0] < 1e-3
+    assert error[1] > 0.1
+
+
+def test_at_the_fixed_point_each_client_remembers_its_gradient_there():
+    here = federation(FedDyn(alpha=0.8))
+    optimum = here.run(150)
+    for client in range(3):
+        gradient = here.gradient(client, optimum)
+        assert torch.allclose(here.kept[client][0].flat, gradient, atol=2e-3)
+        assert float(gradient.abs().max()) > 0.5
+
+
+def test_a_converged_client_remembers_the_gradient_where_it_ended():
+    # Equation: 0 = gradient(w_k) - g_k + alpha (w_k - w), so the new g_k is the gradient at w_k.
+    here = federation(FedDyn(alpha=0.8))
+    for number in range(1, 4):
+        here.round(number)
+        for client in range(3):
+            gradient = here.gradient(client, here.fits[client].params.flat)
+            assert torch.allclose(here.kept[client][0].flat, gradient, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [(3, 3, 3), (1, 0, 5)], ids=["equal steps", "unequal steps"])
+def test_h_is_the_mean_of_what_all_clients_remember_after_every_round(steps):
+    here = federation(FedDyn(alpha=0.3), steps=steps)
+    for number in range(1, 9):
+        here.round(number, SAMPLED[number % 4])
+        remembered = [(here.kept.get(c) or [None])[0] for c in range(3)]
+        mean = sum(torch.zeros(here.server.params.layout.size) if g is None else g.flat for g in remembered) / 3
+        assert torch.allclose(here.memories[0].flat, mean, atol=1e-6)
+
+
+def test_two_rounds_by_hand():
+    alpha, here = 0.5, federation(FedDyn(alpha=0.5), steps=(1, 1, 1), lr=0.1)
+    w, g, h = draw("origin").flat.double(), {c: 0.0 for c in range(3)}, 0.0
+    for number, cohort in ((1, (0, 2)), (2, (0, 1, 2))):
+        here.round(number, cohort)
+        ends = {c: w - 0.1 * (BENDS[c] * (w - here.target(c).flat.double()) - g[c]) for c in cohort}
+        for c in cohort:
+            g[c] = g[c] - alpha * (ends[c] - w)
+        h = h - alpha / 3 * sum(ends[c] - w for c in cohort)
+        w = sum(ends.values()) / len(cohort) - h / alpha
+        assert torch.allclose(here.server.params.flat.double(), w, atol=1e-5)
+
+
+def test_the_first_round_trains_as_fedprox_does_and_adds_to_what_is_there():
+    strategy, here = FedDyn(alpha=0.3), federation(FedDyn(alpha=0.3))
+    job_of = {}
+    for memory in (None, draw("g")):
+        message = strategy.send(here.server, Message(), None, here.ctx(1, 0))
+        job = Job(
+            params=here.server.params,
+            buffers=here.server.buffers,
+            mask=None,
+            num_steps=1,
+            batch_size=2,
+            lr=0.1,
+            optim=Optim(),
+            prox=0.5,
+            drift=draw("there"),
+        )
+        job_of[memory is None] = strategy.begin(message, job, memory, here.ctx(1, 0))[1]
+    assert job_of[True].prox == job_of[False].prox == 0.8
+    assert equal(job_of[True].drift, draw("there"))
+    assert torch.equal(job_of[False].drift.flat, draw("there").flat - draw("g").flat)
+
+
+def test_what_clients_remember_lives_on_the_mask():
+    here = federation(FedDyn(alpha=0.3), steps=(2, 2, 2))
+    here.round(1)
+    narrow = some(4)
+    here.server = Server(params=here.server.params, buffers=here.server.buffers).cut(narrow)
+    here.round(2)
+    for tree in (here.memories[0], *(here.kept[c][0] for c in range(3))):
+        assert not tree.flat[~narrow.flat].any()
+        assert bool((tree.flat[narrow.flat] != 0).all())
+
+
+def test_feddyn_refuses_an_adaptive_optimiser():
+    FedDyn().check(facts(FedDyn(), momentum=0.9))
+    with pytest.raises(ConfigError, match="trainer.optimizer is 'adamw'; strategy feddyn adds a constant"):
+        FedDyn().check(facts(FedDyn(), name="adamw"))
