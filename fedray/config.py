@@ -34,7 +34,6 @@ from torch import nn
 from fedray import data as data_room
 from fedray.data.augment import Augment
 from fedray.data.dataset import Dataset
-from fedray.data.skew import Noise
 from fedray.data.views import carve_validation, local_tests
 from fedray.errors import ConfigError
 from fedray.keys import Key
@@ -560,13 +559,11 @@ def _population(dealt: Deal, config: dict[str, Any], spec: RunSpec) -> Populatio
     if config["augment"]:
         stages = {name: _make(node, f"augment.{name}") for name, node in config["augment"].items() if node is not None}
         augment = _under("augment", lambda: Augment.of(stages))
-    if (skew is not None or augment is not None) and len(dataset.shape) != 3 and not isinstance(skew, Noise):
-        group = "skew" if skew is not None else "augment"
-        raise ConfigError(
-            f"{group} works on images, and data={dataset.name} has samples of shape {dataset.shape}; set {group}=none"
-        )
     if skew is not None and dataset.vocabulary is not None:
         raise ConfigError(f"skew works on numbers, and data={dataset.name} has tokens; set skew=none")
+    for group, change in (("skew", skew), ("augment", augment)):
+        if change is not None:
+            _under(group, lambda change=change: change.check(dataset.shape))
     tests = local_tests(
         train_labels=dealt.labels,
         parts=parts,

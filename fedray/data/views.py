@@ -31,16 +31,14 @@ def local_tests(
     up for it as far as they go. Clients may share test samples: only metrics read them. The samples of a client
     depend on its own training data and on key.fold("local_test", client) alone.
 
-    train_owner, test_owner: who made each sample, int64 (n,), the same numbers in both; to be given where parts are
-    made of whole owners. A client's local test is then every test sample of the owners that it trains on, and nothing
-    is drawn.
+    train_owner, test_owner: who made each sample, int64 (n,), the same numbers in both; None where that is unknown.
+    Where both are known and the partition is natural, that is no owner's samples are divided among clients, a client's
+    local test is every test sample of the owners that it trains on, and nothing is drawn.
 
     Raises ConfigError if the test set has none of a client's labels, or none of its owners.
     """
-    if train_owner is not None and test_owner is not None:
+    if train_owner is not None and test_owner is not None and _is_natural(parts, train_owner):
         return _of_owners(parts, train_owner, test_owner)
-    if train_owner is not None or test_owner is not None:
-        raise ConfigError("owners are known of one of train and test alone; give data.test_owner with data.train_owner")
     weights = histogram(train_labels, parts, num_classes)
     members = by_label(np.asarray(test_labels, np.int64), num_classes)
     supply = np.array([len(m) for m in members])
@@ -97,6 +95,13 @@ def carve_validation(
         training.append(np.sort(rows[~taken]))
         validation.append(np.sort(rows[taken]))
     return training, validation
+
+
+def _is_natural(parts: list[np.ndarray], owner: np.ndarray) -> bool:
+    """Whether nobody's samples are divided among clients."""
+    clients = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    pairs = np.unique(np.stack([owner[np.concatenate(parts)], clients]), axis=1)
+    return bool(len(np.unique(pairs[0])) == pairs.shape[1])
 
 
 def _of_owners(parts: list[np.ndarray], train_owner: np.ndarray, test_owner: np.ndarray) -> list[np.ndarray]:

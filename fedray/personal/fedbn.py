@@ -42,6 +42,9 @@ class FedBN(KeepsTensors, Policy[None, Kept | None]):
         names = [*buffers.names, *(kinds if self.keep == "all" else ())]
         return frozenset(name for name in names if name.rpartition(".")[0] in layers)
 
+    def owns(self, local: Layout, buffers: Layout) -> list[str]:
+        return list(buffers.names)
+
 
 NO_BATCH_NORM = (
     "personal is fedbn and this model has no batch normalisation with running statistics; take one that has "

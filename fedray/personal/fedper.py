@@ -20,7 +20,7 @@ class FedPer(KeepsTensors, Policy[None, Kept | None]):
     not been trained yet is the initial one.
 
     layers: how many of the last layers with a weight matrix are the head, with all that follows them. At least 1.
-    names:  patterns of the tensors to take instead, such as ["fc2.*"]; None for `layers`.
+    names:  patterns of the parameters to take instead, such as ["fc2.*"]; None for `layers`.
     """
 
     layers: int = 1

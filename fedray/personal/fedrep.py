@@ -23,7 +23,7 @@ class FedRep(KeepsTensors, Policy[None, Kept | None]):
     another policy keeps count as head: they are trained in the first phase.
 
     layers:      how many of the last layers with a weight matrix are the head, with all that follows. At least 1.
-    names:       patterns of the tensors to take instead, such as ["fc2.*"]; None for `layers`.
+    names:       patterns of the parameters to take instead, such as ["fc2.*"]; None for `layers`.
     head_epochs: passes over the client's data in the first phase; at least 1, and 10 in the paper.
     """
 

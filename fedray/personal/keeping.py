@@ -8,11 +8,11 @@ from fnmatch import fnmatchcase
 
 from fedray.errors import ConfigError
 from fedray.round import Context, Fit, Job, Message, RunFacts, View, refuse
-from fedray.tree import Layout, Tree
+from fedray.tree import Layout, Tree, put, take
 
-Kept = tuple[Tree | None, Tree | None]
-"""The parameters and the buffers that a client keeps, all of them: policies that keep tensors beside each other share
-the objects, so they cost one copy."""
+Kept = tuple[Tree, Tree]
+"""The parameters that a client keeps, all of them (policies that keep some beside each other share the object), and
+the buffers of its layers."""
 
 
 class KeepsTensors:
@@ -21,22 +21,37 @@ class KeepsTensors:
     The first round starts them from the model's initial values.
     """
 
+    def owns(self, local: Layout, buffers: Layout) -> list[str]:
+        """Which of the buffers that stay with clients last: those of layers with a kept parameter."""
+        layers = {_module(name) for name in local.names}
+        return [name for name in buffers.names if _module(name) in layers]
+
     def begin(self, message: Message, job: Job, memory: Kept | None, ctx: Context) -> tuple[Message, Job, Kept | None]:
         return message, place(job, memory, ctx), memory
 
     def end(self, fit: Fit, message: Message, memory: Kept | None, ctx: Context) -> tuple[Fit, Message, Kept | None]:
-        return fit, message, memory if fit.num_steps == 0 else (fit.local, fit.local_buffers)
+        if fit.num_steps == 0:
+            return fit, message, memory
+        assert fit.local is not None
+        assert fit.local_buffers is not None
+        own = take(fit.local_buffers, self.owns(fit.local.layout, fit.local_buffers.layout))
+        return fit, message, (fit.local, own)
 
     def view(self, view: View, memory: Kept | None, ctx: Context) -> View:
-        return view if memory is None else replace(view, local=memory[0], local_buffers=memory[1])
+        if memory is None:
+            return view
+        assert view.local_buffers is not None
+        return replace(view, local=memory[0], local_buffers=put(view.local_buffers, memory[1]))
 
 
 def place(job: Job, memory: Kept | None, ctx: Context) -> Job:
-    """The job with the kept tensors as they were after the last round, unless another keeper has seen to it."""
-    assert ctx.job is not None
-    if memory is None or job.local is not ctx.job.local or job.local_buffers is not ctx.job.local_buffers:
+    """The job with the kept tensors as they were after the last round, unless another keeper has seen to them."""
+    if memory is None:
         return job
-    return replace(job, local=memory[0], local_buffers=memory[1])
+    assert ctx.job is not None
+    assert job.local_buffers is not None
+    local = memory[0] if job.local is ctx.job.local else job.local
+    return replace(job, local=local, local_buffers=put(job.local_buffers, memory[1]))
 
 
 def check_steps(group: str, run: RunFacts) -> None:
@@ -57,24 +72,23 @@ def refuse_head(layers: int, names: tuple[str, ...] | None) -> None:
 
 
 def head(kinds: Mapping[str, str], buffers: Layout, layers: int, names: tuple[str, ...] | None) -> frozenset[str]:
-    """Names of the parameters and buffers of the head.
+    """Names of the parameters of the head, and of the buffers of their layers.
 
     kinds:  of every trainable parameter, in layout order. layers: the head begins with the first tensor of this
             layer, counted from the last among those that have a weight matrix, and goes on to the end.
-    names:  patterns (`fnmatch`) of parameters and buffers to take instead; None for none.
+    names:  patterns (`fnmatch`) of the parameters to take instead; None for none.
     """
-    if names is not None:
-        return frozenset(
-            name for name in (*kinds, *buffers.names) if any(fnmatchcase(name, pattern) for pattern in names)
-        )
     order = list(kinds)
     weights = [name for name in order if kinds[name] == "weight"]
-    if len(weights) < layers:
-        return frozenset()
-    first = _module(weights[-layers])
-    start = next(at for at, name in enumerate(order) if _module(name) == first)
-    modules = {_module(name) for name in order[start:]}
-    return frozenset(order[start:]) | {name for name in buffers.names if _module(name) in modules}
+    if names is not None:
+        chosen = [name for name in order if any(fnmatchcase(name, pattern) for pattern in names)]
+    elif len(weights) < layers:
+        chosen = []
+    else:
+        first = _module(weights[-layers])
+        chosen = order[next(at for at, name in enumerate(order) if _module(name) == first) :]
+    modules = {_module(name) for name in chosen}
+    return frozenset(chosen) | {name for name in buffers.names if _module(name) in modules}
 
 
 def check_head(group: str, run: RunFacts, layers: int, names: tuple[str, ...] | None) -> None:

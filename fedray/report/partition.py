@@ -340,6 +340,9 @@ def _draw_sizes(axes: Axes, sizes: np.ndarray) -> None:
     axes.hist(sizes, bins=edges.tolist(), color="#7f7f7f", edgecolor="white")
     if _is_wide(sizes):
         axes.set_xscale("log")
+    else:
+        axes.xaxis.set_major_locator(_few_ticks(10))
+    axes.yaxis.set_major_locator(_few_ticks(6))
     axes.set_xlabel("samples of a client")
     axes.set_ylabel("clients")
 

@@ -1,8 +1,10 @@
 """SCAFFOLD: its invariant in real runs, its first round, and two rounds by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from laws_support import MOMENTUM, SIZES, WIRES, Watching, population, run, spec
+from laws_support import MOMENTUM, WIRES, Watching, population, run, spec
 from quadratics import Federation, draw, facts, some
 
 from fedray.corrections import FedProx, Scaffold
@@ -12,7 +14,6 @@ from fedray.round import Optim, Server
 from fedray.sim.driver import Driver
 from fedray.sim.runtime import InlineRuntime
 from fedray.strategies import FedAvg, FedSGD
-from fedray.tree import restrict
 
 SAMPLED = ((0, 1), (1, 2), (2, 0), (1,))
 
@@ -40,7 +41,6 @@ def test_the_servers_control_is_the_mean_of_all_clients_after_every_round(pruner
     driver = Driver(given, population(), InlineRuntime(given, population(), worker), worker)
     for _ in driver.rounds():
         assert_invariant(driver)
-    assert len(driver.runtime.records) < len(SIZES) or given.rounds * given.cohort >= len(SIZES)
 
 
 def test_the_invariant_and_every_bit_survive_a_resume():
@@ -157,12 +157,10 @@ def test_controls_add_to_the_drift_that_is_there():
     here = Federation((FedAvg(), Scaffold()))
     here.round(1)
     message = Scaffold().send(here.server, here.uploads[0], here.memories[1], here.ctx(2, 0))
-    job = type("Any", (), {})  # only what `begin` reads
-    from dataclasses import make_dataclass
-
-    job = make_dataclass("Job", ["drift"], frozen=True)(draw("there"))
+    job = here.job(0)
+    job = replace(job, drift=draw("there"))
     changed = Scaffold().begin(message, job, here.kept[0][1], here.ctx(2, 0))[1]
-    expected = draw("there").flat + restrict(here.memories[1], None).flat - here.kept[0][1].flat
+    expected = draw("there").flat + here.memories[1].flat - here.kept[0][1].flat
     assert torch.allclose(changed.drift.flat, expected, atol=1e-6)
 
 

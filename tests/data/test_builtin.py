@@ -112,18 +112,21 @@ def test_synthetic_inputs_have_the_papers_variances_within_a_device():
     assert np.abs(x.var(axis=0) / expected - 1).max() < 5 * (2 / len(x)) ** 0.5
 
 
-def test_synthetic_labels_are_linear_at_each_device_and_one_model_for_all_only_if_iid():
+def test_synthetic_devices_share_one_linear_model_only_if_iid():
     linear = pytest.importorskip("sklearn.linear_model")
-
-    scores = {}
-    for iid in (False, True):
-        data = synthetic(alpha=0, beta=0, iid=iid, num_owners=20)
-        mine = data.train_owner == np.bincount(data.train_owner).argmax()
-        model = linear.LogisticRegression(C=1e4, max_iter=300).fit(data.train_x[mine], data.train_y[mine])
-        assert model.score(data.train_x[mine], data.train_y[mine]) > 0.97
-        scores[iid] = model.score(data.train_x[~mine], data.train_y[~mine])
-    assert scores[False] < 0.4  # a tenth by chance
-    assert scores[True] > 0.8
+    data = synthetic(alpha=0, beta=0, iid=True, num_owners=20)
+    mine = data.train_owner == np.bincount(data.train_owner).argmax()
+    x, y = data.train_x[mine][:1000], data.train_y[mine][:1000]
+    model = linear.LogisticRegression(C=100, max_iter=200).fit(x, y)
+    assert model.score(x, y) > 0.97
+    assert model.score(data.train_x[~mine], data.train_y[~mine]) > 0.8
+    assert np.abs(data.train_x.mean(axis=0)).max() < 0.1
+    # With models and centres of their own, devices have few classes, and not the same.
+    data = synthetic(alpha=0, beta=0, num_owners=20)
+    common = [np.bincount(data.train_y[data.train_owner == k]).argmax() for k in range(20)]
+    shares = [np.bincount(data.train_y[data.train_owner == k]).max() / (data.train_owner == k).sum() for k in range(20)]
+    assert np.median(shares) > 0.5
+    assert len(set(common)) > 4
 
 
 def test_synthetic_inputs_of_devices_differ_more_with_beta():

@@ -127,3 +127,60 @@ def test_importing_the_package_imports_no_reader_and_no_torch():
         "print({'torch', 'sklearn', 'pyarrow', 'PIL'} & (set(sys.modules) - before))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def tokens(**changes):
+    base = {
+        "name": "words",
+        "train_x": np.array([[0, 1, 2], [1, 2, 3]], np.uint8),
+        "train_y": np.array([[1, 2, 3], [2, 3, 0]]),
+        "test_x": np.array([[3, 2, 1]], np.uint8),
+        "test_y": np.array([[2, 1, 0]]),
+        "objective": "next_token",
+        "vocabulary": 4,
+    }
+    return {**base, **changes}
+
+
+def test_tokens_owners_and_targets_change_the_digest_too():
+    plain = Dataset.of(**tokens())
+    assert plain.num_classes == 4
+    assert Dataset.of(**tokens(vocabulary=5)).digest != plain.digest
+    assert Dataset.of(**tokens(train_owner=[0, 1], test_owner=[1])).digest != plain.digest
+    text = {"train_y": np.array([0, 1]), "test_y": np.array([0]), "num_classes": 4}
+    classes = Dataset.of(**tokens(objective="classification", **text))
+    assert classes.digest != Dataset.of(**tokens(objective="classification", vocabulary=5, **text)).digest
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"objective": "guess"}, "data.objective is 'guess'; choose classification, regression, next_token"),
+        ({"num_classes": 5}, "data.num_classes is 5 and data.vocabulary is 4; the classes of next_token are the"),
+        ({"train_x": np.array([[0, 1, 4], [1, 2, 3]])}, "data.train_x holds the token 4; tokens lie from 0 to 3"),
+        ({"train_y": np.array([[1, 2, 3], [2, 3, 4]])}, "data.train_y is 4 at sample 1; labels must lie from 0 to 3"),
+        (
+            {"train_y": np.array([1, 2])},
+            "data.train_y has type int64 and shape (2,); it must be int64 of shape (n, len",
+        ),
+        ({"train_x": np.array([[0.5, 1, 2]] * 2)}, "data.train_x has type float64; tokens must be integers from 0 on"),
+        ({"train_owner": [0]}, "data.train_owner has type int64 and shape (1,); it must be int64 of shape (2,)"),
+        ({"train_owner": [0, -1]}, "data.train_owner has type int64 and shape (2,); it must be int64 of shape (2,)"),
+    ],
+)
+def test_wrong_tokens_and_owners_are_refused_by_name(change, sentence):
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        Dataset.of(**tokens(**change))
+
+
+def test_targets_of_a_regression_are_float32_of_two_dimensions_and_finite():
+    settings = arrays(objective="regression", train_y=np.arange(6.0), test_y=np.arange(3.0))
+    data = Dataset.of(**settings)
+    assert (data.num_classes, data.train_y.shape, data.train_y.dtype) == (1, (6, 1), np.float32)
+    labels, count = data.labels("train")
+    assert (sorted(labels) == labels).all()
+    assert (labels.min(), labels.max(), count) == (0, 9, 10)
+    with pytest.raises(ConfigError, match=r"data\.train_y holds NaN or infinity, first at sample 2"):
+        Dataset.of(**{**settings, "train_y": np.array([0, 1, np.nan, 3, 4, 5])})
+    with pytest.raises(ConfigError, match=r"data\.test_y has type float32 and shape \(3, 2\); targets of a regression"):
+        Dataset.of(**{**settings, "test_y": np.zeros((3, 2))})

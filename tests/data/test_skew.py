@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedray.data.skew import Affine, Noise, Rotation
+from fedray.data.skew import Affine, Noise, Rotation, _splitmix
 from fedray.errors import ConfigError
 from fedray.keys import Key
 
@@ -77,6 +77,16 @@ def test_noise_is_normal_and_without_correlation():
         assert (a * b).mean().abs() < 5 / math.sqrt(a.numel())
 
 
+def test_the_bits_of_noise_are_those_of_splitmix64():
+    # The published first outputs for the seed 1234567.
+    words = _splitmix(torch.arange(1, 4), 1234567)
+    assert [int(word) % 2**64 for word in words] == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+    ]
+
+
 def test_noise_is_in_samples_of_any_shape_and_of_odd_length():
     x = torch.zeros(3, 7)
     found = seen(Noise(std=1.0), x, torch.arange(3))
@@ -93,6 +103,11 @@ def test_no_noise_is_a_copy():
 def test_four_groups_see_the_four_quarter_turns():
     for client in range(6):
         assert torch.equal(seen(Rotation(), client=client, num_clients=6), torch.rot90(IMAGES, client % 4, (2, 3)))
+
+
+@pytest.mark.parametrize("skew", [Rotation(degrees=45, groups=None), Affine(contrast=0)], ids=str)
+def test_what_comes_in_from_outside_repeats_the_border(skew):
+    assert seen(skew, torch.full((2, 1, 9, 9), -0.4)) == pytest.approx(-0.4)
 
 
 def test_without_groups_every_client_has_an_angle_of_its_own():

@@ -104,8 +104,11 @@ def test_a_client_whose_owners_the_test_set_lacks_is_refused():
     parts = [np.flatnonzero(TRAIN_OWNER == owner) for owner in range(13)]
     with pytest.raises(ConfigError, match=re.escape("2 of 13 clients, client 11 among them, have no owner in the")):
         owned(parts, TEST_OWNER % 11)
-    with pytest.raises(ConfigError, match="owners are known of one of train and test alone"):
-        owned(parts, None)
+
+
+def test_where_owners_are_divided_or_unknown_labels_decide():
+    for tests in (owned(PARTS, TEST_OWNER), owned(PARTS, None), owned(PARTS, TEST_OWNER, train_owner=None)):
+        assert all(np.array_equal(a, b) for a, b in zip(tests, view(), strict=True))
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5, 0.99])

@@ -9,9 +9,10 @@ from functools import lru_cache, partial
 import numpy as np
 import torch
 
-from fedray.corrections import FedProx
+from fedray.corrections import FedLC, FedProx, FedSAM, LabelSmoothing, Scaffold
 from fedray.keys import Key
 from fedray.models import MLP, BatchNormCNN, LeNet, McMahanCNN, Task
+from fedray.personal import Ditto, FedBN, FedPer, FedRep, LocalFineTuning
 from fedray.pruners import FedDST, Magnitude, NoPruning, Random
 from fedray.round import Optim, Policy
 from fedray.sim.client import Worker
@@ -19,7 +20,7 @@ from fedray.sim.driver import Driver
 from fedray.sim.population import Population
 from fedray.sim.runtime import InlineRuntime
 from fedray.sim.spec import EvalSpec, RunSpec, TrainerSpec
-from fedray.strategies import FedAvg, FedSGD
+from fedray.strategies import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedDyn, FedNova, FedSGD, FedYogi
 from fedray.sums import Sums
 from fedray.train import LearningRate
 from fedray.tree import Mask, Tree
@@ -157,7 +158,41 @@ STRATEGIES = (
     FedSGD(),
     FedSGD(lr=0.7, weight_by="uniform", batch_size=3),
 )
+OPTIMISING = (
+    FedAvgM(),
+    FedAvgM(lr=0.5, momentum=0.5, nesterov=True, weight_by="uniform"),
+    FedAdagrad(lr=0.3, tau=0.1),
+    FedAdam(lr=0.1, tau=0.05),
+    FedAdam(lr=0.05, tau=0.05, initial="zero", bias_correction=True, weight_by="uniform"),
+    FedYogi(lr=0.1, tau=0.05),
+    FedNova(),
+    FedNova(lr=0.5, weight_by="uniform"),
+    FedDyn(alpha=0.3),
+)
 CORRECTIONS = ((), (FedProx(mu=0.3),))
+TOGETHER = (FedProx(mu=0.2), Scaffold(), FedSAM(rho=0.1), FedLC(tau=0.5), LabelSmoothing(smoothing=0.1))
+MORE_CORRECTIONS = (*((one,) for one in TOGETHER[1:]), TOGETHER)
+PERSONAL = (
+    (FedPer(),),
+    (FedRep(head_epochs=2),),
+    (Ditto(pull=0.3),),
+    (LocalFineTuning(),),
+    (LocalFineTuning(), Ditto(epochs=2, start="received"), FedPer()),
+)
+NORMALISED = ((FedBN(),), (FedBN(keep="statistics"), FedPer()))
+"""Personal policies for models with batch normalisation."""
+
+
+def pruner_of(onion):
+    """The pruner of an onion: what stands before its strategy."""
+    return onion[[isinstance(policy, STRATEGY_KINDS) for policy in onion].index(True) - 1]
+
+
+def strategy_of(onion):
+    return next(policy for policy in onion if isinstance(policy, STRATEGY_KINDS))
+
+
+STRATEGY_KINDS = (FedAvg, FedSGD, FedAvgM, FedAdagrad, FedAdam, FedYogi, FedNova, FedDyn)
 
 
 def goes_together(pruner, strategy, corrections=()):
@@ -169,6 +204,24 @@ ONIONS = tuple(
     (pruner, strategy, *corrections)
     for pruner, strategy, corrections in itertools.product(PRUNERS, STRATEGIES, CORRECTIONS)
     if goes_together(pruner, strategy, corrections)
+)
+
+
+SOME_PRUNERS = (PRUNERS[0], PRUNERS[4], PRUNERS[-3], PRUNERS[-5])
+"""One of each kind: none, magnitude once, FedDST, and clients that train densely in between."""
+MORE_ONIONS = (
+    *((pruner, strategy) for pruner in SOME_PRUNERS for strategy in OPTIMISING),
+    *((pruner, FedAvg(), *corrections) for pruner in SOME_PRUNERS for corrections in MORE_CORRECTIONS),
+    *((SOME_PRUNERS[2], strategy, *TOGETHER) for strategy in OPTIMISING[::2]),
+)
+PERSONAL_ONIONS = tuple(
+    (*personal, pruner, strategy, *corrections)
+    for personal in PERSONAL
+    for pruner, strategy, corrections in (
+        (SOME_PRUNERS[0], FedAvg(), ()),
+        (SOME_PRUNERS[2], FedNova(), TOGETHER[:2]),
+        (SOME_PRUNERS[3], FedDyn(alpha=0.3), (FedSAM(rho=0.1),)),
+    )
 )
 
 
@@ -266,6 +319,11 @@ class Packed:
         if self.shuffle is not None:
             replies = [replies[i] for i in self.shuffle.fold("replies", self.calls).permutation(len(replies)).tolist()]
         yield from replies
+
+    def ask(self, question, broadcast, clients, *arguments):
+        for at, (client, _) in enumerate(clients):
+            worker = self.workers[at % len(self.workers)]
+            yield getattr(worker, question)(broadcast, [client], self.records, *arguments)
 
 
 # -- comparing -------------------------------------------------------------------------------------------------------

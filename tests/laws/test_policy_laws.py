@@ -13,7 +13,11 @@ from laws_support import (
     HALF,
     MODELS,
     MOMENTUM,
+    MORE_ONIONS,
+    NORMALISED,
     ONIONS,
+    OPTIMISING,
+    PERSONAL_ONIONS,
     PRUNERS,
     SIZES,
     STRATEGIES,
@@ -24,13 +28,15 @@ from laws_support import (
     label,
     optim_for,
     population,
+    pruner_of,
     run,
     spec,
+    strategy_of,
 )
 
-from fedray import wire
+from fedray import corrections, personal, strategies, wire
 from fedray.config import Config, ScopeConfig, TrainerConfig, assemble, conf_folder, register
-from fedray.corrections import FedProx
+from fedray.corrections import FedProx, Scaffold
 from fedray.keys import Key
 from fedray.pruners import FedDST, Magnitude, NoPruning, Random
 from fedray.round import Optim, Policy
@@ -81,6 +87,11 @@ def test_one_full_batch_step_of_everyone_is_centralised_gradient_descent(model, 
 
 
 IDENTITIES = {
+    "FedAvgM without momentum": ((NoPruning(), strategies.FedAvgM(momentum=0.0)), (NoPruning(), FedAvg())),
+    "FedAvgM without momentum under a pruner": (
+        (FedDST(sparsity=0.6, every=1, until=9), strategies.FedAvgM(momentum=0.0)),
+        (FedDST(sparsity=0.6, every=1, until=9), FedAvg()),
+    ),
     "FedProx at mu 0": ((NoPruning(), FedAvg(), FedProx(mu=0.0)), (NoPruning(), FedAvg())),
     "Random at sparsity 0": ((Random(sparsity=0.0), FedAvg()), (NoPruning(), FedAvg())),
     # A readjustment starts what it drops and regrows at zero, also where nothing is sparse: not so without one.
@@ -153,7 +164,7 @@ def test_a_server_rate_scales_the_mean_difference():
 # -- masks -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("onion", ONIONS, ids=label)
+@pytest.mark.parametrize("onion", ONIONS + MORE_ONIONS + PERSONAL_ONIONS, ids=label)
 def test_parameters_are_zero_outside_the_mask_after_every_round_and_in_every_upload(onion, monkeypatch):
     encode = Codec.encode
 
@@ -164,7 +175,7 @@ def test_parameters_are_zero_outside_the_mask_after_every_round_and_in_every_upl
         return encode(self, message, **options)
 
     monkeypatch.setattr(Codec, "encode", checked)
-    ran = run(spec(*onion, optim=optim_for(onion[1]), rounds=5), population())
+    ran = run(spec(*onion, optim=optim_for(strategy_of(onion)), rounds=5), population())
     for server in ran.servers:
         if server.mask is not None:
             assert not server.params.flat[~server.mask.flat].view(torch.int32).any()
@@ -172,16 +183,16 @@ def test_parameters_are_zero_outside_the_mask_after_every_round_and_in_every_upl
     uploads = list(itertools.chain(*ran.uploads))
     assert len(uploads) == 5 * 4
     for message, sent in uploads:
-        (name,) = set(message.parts) - {"buffers"}
+        (name,) = set(message.parts) & {"delta", "gradient"}
         part = message.parts[name]
         assert part.support == message.mask
         if message.mask is not None:
             assert not part.value.flat[~message.mask.flat].view(torch.int32).any()
             assert part.value.flat[message.mask.flat].any()
-            if not isinstance(onion[0], FedDST):
+            if not isinstance(pruner_of(onion), FedDST):
                 assert message.mask == sent
     pruned = [s for s in ran.servers if s.mask is not None]
-    assert bool(pruned) == (not isinstance(onion[0], NoPruning))
+    assert bool(pruned) == (not isinstance(pruner_of(onion), NoPruning))
     if pruned:
         assert pruned[-1].mask.sparsity(ran.driver.worker.prunable) > 0.15
 
@@ -228,6 +239,12 @@ class Checked(Policy):
     def parts(self, params, buffers):
         return self._twice("parts", params, buffers)
 
+    def keeps(self, kinds, buffers):
+        return self._twice("keeps", kinds, buffers)
+
+    def view(self, *arguments):
+        return self._twice("view", *arguments)
+
     def init_server(self, *arguments):
         return self._twice("init_server", *arguments)
 
@@ -247,14 +264,16 @@ class Checked(Policy):
         return self._twice("settle", *arguments)
 
 
-@pytest.mark.parametrize("onion", ONIONS, ids=label)
+@pytest.mark.parametrize("onion", ONIONS + MORE_ONIONS + PERSONAL_ONIONS, ids=label)
 def test_hooks_write_to_no_input_and_answer_the_same_twice(onion):
     calls = []
-    given = spec(*onion, optim=optim_for(onion[1]), rounds=3)
+    evaluation = EvalSpec(every=1, clients="all", batch_size=16)
+    given = spec(*onion, optim=optim_for(strategy_of(onion)), rounds=3, evaluation=evaluation)
     plain = run(given, population())
     checked = replace(given, policies=tuple((name, Checked(p, calls)) for name, p in given.policies))
     ran = run(checked, population())
-    assert set(calls) == {"parts", "init_server", "init_client", "send", "begin", "end", "settle"}
+    hooks = {"keeps", "parts", "init_server", "init_client", "send", "begin", "end", "settle", "view"}
+    assert set(calls) == hooks
     assert ran.digests == plain.digests
     assert ran.bytes == plain.bytes
 
@@ -294,10 +313,24 @@ def assert_packing_is_invisible(given, population_):
 
 
 @pytest.mark.parametrize(
-    "onion", [o for o in ONIONS if len(o) == 2 or isinstance(o[0], FedDST | Random | NoPruning)], ids=label
+    "onion",
+    [o for o in ONIONS if len(o) == 2 or isinstance(o[0], FedDST | Random | NoPruning)]
+    + [*MORE_ONIONS, *PERSONAL_ONIONS],
+    ids=label,
 )
 def test_no_order_and_no_packing_changes_a_bit(onion):
-    assert_packing_is_invisible(spec(*onion, optim=optim_for(onion[1]), rounds=3), population())
+    evaluation = EvalSpec(every=2, clients="all", batch_size=16)
+    given = spec(*onion, optim=optim_for(strategy_of(onion)), rounds=3, evaluation=evaluation)
+    assert_packing_is_invisible(given, population())
+
+
+@pytest.mark.parametrize("personal_", NORMALISED, ids=label)
+@pytest.mark.parametrize("kind", WIRES)
+def test_no_order_and_no_packing_changes_a_bit_of_what_clients_keep(kind, personal_):
+    evaluation = EvalSpec(every=1, clients="all", batch_size=16)
+    onion = (*personal_, PRUNERS[-3], strategies.FedAvgM(), Scaffold())
+    given = spec(*onion, model="batchnorm_cnn", rounds=3, evaluation=evaluation, wire=WIRES[kind])
+    assert_packing_is_invisible(given, population("batchnorm_cnn"))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -392,6 +425,10 @@ BASE = [
 GRADUAL = ["pruner=magnitude", "pruner.schedule=cubic", "pruner.start=1", "pruner.finish=4"]
 DYNAMIC = ["pruner=feddst", "pruner.every=2", "pruner.until=5"]
 SPARSE = ["pruner=random"]
+ADAPTIVE = ("FedAdagrad", "FedAdam", "FedYogi")
+SCORED = "eval.every=1"  # where only what clients run changes
+TUNED = "personal.local_fine_tuning."
+STATISTICS_STAY = "personal.fedbn.keep=statistics"
 # (group, field): (base settings in which the field matters, its other value)
 CHANGES = {
     ("run", "seed"): ([], "seed=1"),
@@ -452,6 +489,38 @@ CHANGES = {
     ),
     ("strategy.FedAvg", "lr"): ([], "strategy.lr=0.5"),
     ("strategy.FedAvg", "weight_by"): ([], "strategy.weight_by=uniform"),
+    **{
+        (f"strategy.{kind}", name): ([f"strategy={kind.lower()}", *base], f"strategy.{change}")
+        for kind, name, base, change in (
+            *((kind, "lr", [], "lr=0.3") for kind in ADAPTIVE + ("FedAvgM", "FedNova", "FedDyn")),
+            *((kind, "weight_by", [], "weight_by=uniform") for kind in ADAPTIVE + ("FedAvgM", "FedNova")),
+            *((kind, "beta1", [], "beta1=0.5") for kind in ADAPTIVE),
+            *((kind, "tau", [], "tau=0.1") for kind in ADAPTIVE),
+            *((kind, "initial", [], "initial=zero") for kind in ADAPTIVE),
+            *((kind, "beta2", [], "beta2=0.5") for kind in ADAPTIVE[1:]),
+            *((k, "bias_correction", ["strategy.initial=zero"], "bias_correction=true") for k in ADAPTIVE[1:]),
+            ("FedAvgM", "momentum", [], "momentum=0.5"),
+            ("FedAvgM", "nesterov", [], "nesterov=true"),
+            ("FedDyn", "alpha", [], "alpha=0.3"),
+        )
+    },
+    ("correction.FedSAM", "rho"): (["correction=fedsam"], "correction.fedsam.rho=0.5"),
+    ("correction.LabelSmoothing", "smoothing"): (
+        ["correction=label_smoothing"],
+        "correction.label_smoothing.smoothing=0.5",
+    ),
+    ("correction.FedLC", "tau"): (["correction=fedlc"], "correction.fedlc.tau=0.1"),
+    ("personal.FedPer", "layers"): (["personal=fedper", "model.hidden=[12,10]"], "personal.fedper.layers=2"),
+    ("personal.FedPer", "names"): (["personal=fedper"], "personal.fedper.names=['*.bias']"),
+    ("personal.FedRep", "layers"): (["personal=fedrep", "model.hidden=[12,10]"], "personal.fedrep.layers=2"),
+    ("personal.FedRep", "names"): (["personal=fedrep"], "personal.fedrep.names=['*.bias']"),
+    ("personal.FedRep", "head_epochs"): (["personal=fedrep"], "personal.fedrep.head_epochs=2"),
+    ("personal.FedBN", "keep"): (["personal=fedbn", "model=batchnorm_cnn", "~model.hidden"], STATISTICS_STAY),
+    ("personal.Ditto", "pull"): (["personal=ditto", SCORED], "personal.ditto.pull=20.0"),
+    ("personal.Ditto", "epochs"): (["personal=ditto", SCORED], "personal.ditto.epochs=5"),
+    ("personal.Ditto", "start"): (["personal=ditto", SCORED], "personal.ditto.start=received"),
+    ("personal.LocalFineTuning", "epochs"): (["personal=local_fine_tuning", SCORED], TUNED + "epochs=5"),
+    ("personal.LocalFineTuning", "lr"): (["personal=local_fine_tuning", SCORED], TUNED + "lr=1.0"),
     ("strategy.FedSGD", "lr"): (["strategy=fedsgd"], "strategy.lr=0.5"),
     ("strategy.FedSGD", "weight_by"): (["strategy=fedsgd"], "strategy.weight_by=uniform"),
     ("strategy.FedSGD", "batch_size"): (["strategy=fedsgd"], "strategy.batch_size=16"),
@@ -498,7 +567,7 @@ def assembled(overrides):
 def results(overrides):
     made = assembled(overrides)
     ran = run(made.spec, made.population)
-    return ran.digests, ran.bytes
+    return ran.digests, ran.bytes, [record.accuracies for record in ran.records]
 
 
 @pytest.fixture(scope="module")
@@ -527,9 +596,13 @@ def test_every_setting_that_decides_a_result_is_in_that_table():
     assert named["scope"] == {f.name for f in dataclasses.fields(ScopeConfig)}
     for kind in (Random, Magnitude, FedDST):
         assert named[f"pruner.{kind.__name__}"] == {f.name for f in dataclasses.fields(kind)}
-    for kind in (FedAvg, FedSGD):
-        assert named[f"strategy.{kind.__name__}"] == {f.name for f in dataclasses.fields(kind)}
-    assert named["correction.FedProx"] == {"mu"}
+    kinds = {
+        f"{group}.{name}": getattr(room, name)
+        for group, room in (("strategy", strategies), ("correction", corrections), ("personal", personal))
+        for name in room.__all__
+    }
+    for name, kind in kinds.items():
+        assert named.get(name, set()) == {f.name for f in dataclasses.fields(kind)}, name
     stages = [getattr(wire, name) for name in wire.__all__ if name not in ("Chain", "Delta")]
     stages = [one for one in stages if isinstance(one, type) and hasattr(one, "changes_only")]
     for kind in (*stages, Way, Wire):
@@ -551,7 +624,7 @@ def test_settings_of_evaluation_decide_what_is_evaluated_and_nothing_else(outcom
     for setting in ("eval.every=1", "eval.every=2", "eval.clients=all", "eval.clients=2", "eval.batch_size=7"):
         made = assembled([*BASE, "eval.every=1", setting])
         ran = run(made.spec, made.population)
-        assert (ran.digests, ran.bytes) == outcome(*BASE)
+        assert (ran.digests, ran.bytes) == outcome(*BASE)[:2]
         rows[setting] = ran
     every = rows["eval.every=1"].rows
     assert all("test/accuracy" in row for row in every)
@@ -566,7 +639,7 @@ def test_settings_of_evaluation_decide_what_is_evaluated_and_nothing_else(outcom
         assert a["test/loss"] == pytest.approx(b["test/loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=label)
+@pytest.mark.parametrize("strategy", STRATEGIES + OPTIMISING, ids=label)
 def test_a_strategy_learns(strategy):
     evaluation = EvalSpec(every=1, clients="cohort", batch_size=20)
     given = spec(NoPruning(), strategy, rounds=25, cohort=EVERYONE, epochs=1, lr=0.3, evaluation=evaluation)

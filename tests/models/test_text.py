@@ -1,4 +1,4 @@
-"""Models of tokens: what comes later changes nothing earlier, padding changes nothing, and PyTorch's own layers agree."""
+"""Later tokens change nothing earlier, padding changes nothing, and PyTorch's own layers agree with ours."""
 
 import warnings
 from functools import partial

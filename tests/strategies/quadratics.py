@@ -14,6 +14,7 @@ from fedray.tree import Layout, Mask, Tree, restrict
 
 LAYOUT = Layout(("fc.weight", "fc.bias", "out.weight"), ((4, 10), (4,), (3, 4)))
 NOTHING = Layout((), ())
+PLAIN = Optim()
 
 
 def draw(*names, layout=LAYOUT):
@@ -74,7 +75,7 @@ class Federation:
     bends: tuple[float, ...] = (1.0, 1.0, 1.0)
     sizes: tuple[int, ...] = (10, 30, 5)
     lr: float = 0.1
-    optim: Optim = Optim()
+    optim: Optim = PLAIN
     server: Server = None
     memories: list = field(default_factory=list)
     kept: dict = field(default_factory=dict)
@@ -129,12 +130,8 @@ class Federation:
             loss=0.0,
         )
 
-    def client(self, number, client):
-        """One client's half: its job as the last `begin` left it is trained, and its answer returned."""
-        ctx, message = self.ctx(number, client), Message()
-        for policy, memory in zip(self.policies, self.memories, strict=True):
-            message = policy.send(self.server, message, memory, ctx)
-        job = Job(
+    def job(self, client):
+        return Job(
             params=Tree.zeros(LAYOUT),
             buffers=Tree.zeros(NOTHING),
             mask=None,
@@ -143,6 +140,13 @@ class Federation:
             lr=self.lr,
             optim=self.optim,
         )
+
+    def client(self, number, client):
+        """One client's half: its job as the last `begin` left it is trained, and its answer returned."""
+        ctx, message = self.ctx(number, client), Message()
+        for policy, memory in zip(self.policies, self.memories, strict=True):
+            message = policy.send(self.server, message, memory, ctx)
+        job = self.job(client)
         memories = list(self.kept.get(client) or [policy.init_client(ctx) for policy in self.policies])
         received = message
         for at in reversed(range(len(self.policies))):

@@ -1,11 +1,13 @@
 """FedDyn: its fixed point is the optimum of the mean loss, and what clients remember are their gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from quadratics import Federation, draw, facts, some
 
 from fedray.errors import ConfigError
-from fedray.round import Job, Message, Optim, Server
+from fedray.round import Message, Server
 from fedray.strategies import FedAvg, FedDyn
 from fedray.tree import equal
 
@@ -73,17 +75,7 @@ def test_the_first_round_trains_as_fedprox_does_and_adds_to_what_is_there():
     job_of = {}
     for memory in (None, draw("g")):
         message = strategy.send(here.server, Message(), None, here.ctx(1, 0))
-        job = Job(
-            params=here.server.params,
-            buffers=here.server.buffers,
-            mask=None,
-            num_steps=1,
-            batch_size=2,
-            lr=0.1,
-            optim=Optim(),
-            prox=0.5,
-            drift=draw("there"),
-        )
+        job = replace(here.job(0), prox=0.5, drift=draw("there"))
         job_of[memory is None] = strategy.begin(message, job, memory, here.ctx(1, 0))[1]
     assert job_of[True].prox == job_of[False].prox == 0.8
     assert equal(job_of[True].drift, draw("there"))
@@ -103,5 +95,5 @@ def test_what_clients_remember_lives_on_the_mask():
 
 def test_feddyn_refuses_an_adaptive_optimiser():
     FedDyn().check(facts(FedDyn(), momentum=0.9))
-    with pytest.raises(ConfigError, match="trainer.optimizer is 'adamw'; strategy feddyn adds a constant"):
+    with pytest.raises(ConfigError, match=r"trainer.optimizer is 'adamw'; strategy feddyn adds a constant"):
         FedDyn().check(facts(FedDyn(), name="adamw"))

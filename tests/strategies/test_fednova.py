@@ -94,8 +94,8 @@ def test_a_client_without_a_step_sends_nothing_and_changes_nothing():
 
 def test_fednova_refuses_optimisers_and_pulls_of_which_it_knows_no_effective_steps():
     FedNova().check(facts(FedNova(), momentum=0.9))
-    with pytest.raises(ConfigError, match="trainer.optimizer is 'adam'; strategy fednova knows the effective steps"):
+    with pytest.raises(ConfigError, match=r"trainer.optimizer is 'adam'; strategy fednova knows the effective steps"):
         FedNova().check(facts(FedNova(), name="adam"))
     wild = Federation((FedNova(), FedProx(mu=25.0)), steps=(2, 2, 2))
-    with pytest.raises(ConfigError, match="the pull of 25 at a rate of 0.1 overshoots"):
+    with pytest.raises(ConfigError, match=r"the pull of 25 at a rate of 0.1 overshoots"):
         wild.round(1)

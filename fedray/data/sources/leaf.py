@@ -81,8 +81,8 @@ def _read(paths: Sequence[Path]) -> _Samples:
                 data = content["user_data"][user]
                 if len(data["x"]) != len(data["y"]):
                     raise ValueError(f"user {user} has {len(data['x'])} samples and {len(data['y'])} targets")
-                # FEMNIST's numbers would take thirty times their room as Python's lists.
-                x += [np.array(each) if isinstance(each, list) else each for each in data["x"]]
+                # FEMNIST's numbers would take many times their room as Python's lists.
+                x += [np.array(each, np.float32) if isinstance(each, list) else each for each in data["x"]]
                 y += data["y"]
                 owners.append(np.full(len(data["x"]), str(user)))
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -135,7 +135,7 @@ def _numbers(
     for split, samples in splits.items():
         try:
             x, y = np.stack(samples.x), np.asarray(samples.y)
-            if x.dtype.kind not in "iuf" or x.ndim != 2 or y.dtype.kind not in "iuf" or y.ndim != 1:
+            if x.dtype != np.float32 or x.ndim != 2 or y.dtype.kind not in "iuf" or y.ndim != 1:
                 raise ValueError(f"x of type {x.dtype} and shape {x.shape[1:]}, y of type {y.dtype}")
         except (ValueError, TypeError) as error:
             raise ConfigError(
@@ -158,7 +158,7 @@ def _numbers(
             levels = np.rint(part.x * 255).astype(np.uint8).reshape(-1, 1, _FEMNIST_SIDE, _FEMNIST_SIDE)
             x = fit(levels, size, mode)
         else:
-            x = part.x.astype(np.float32)
+            x = part.x
         y = part.y.astype(np.float32).reshape(-1, 1) if objective == "regression" else part.y
         finished[split] = Split(x=x, y=y, owner=part.owner)
     return settle(

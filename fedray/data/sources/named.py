@@ -223,7 +223,7 @@ def _levels(root: Path) -> Iterator[list[Path]]:
     level = [root]
     for _ in range(3):
         yield level
-        level = sorted(inner for home in level for inner in home.iterdir() if inner.is_dir())
+        level = sorted(inner for home in level for inner in home.iterdir() if inner.is_dir() and inner.name[0] != ".")
 
 
 def _choose(found: Mapping[Path, Source], subset: str | None) -> Mapping[Path, Source]:
@@ -258,7 +258,7 @@ def _online(name: str, known: Named | None, subset: str | None, reading: tables.
     except ImportError as error:
         raise ConfigError(
             f"data.path is null; {name} does not come with fedray, so {by_hand}, or run "
-            "`pip install 'fedray[hub]' datasets` to have it fetched"
+            f"`pip install 'fedray[hub]' datasets` to have it fetched ({error})"
         ) from error
     try:
         loaded = datasets.load_dataset(repository, subset)

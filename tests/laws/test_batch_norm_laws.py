@@ -1,0 +1,121 @@
+"""What each batch-norm policy promises, and that statistics never leak between clients of one process."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from laws_support import PRUNERS, SIZES, label, population, run, spec
+
+from fedray.models.normalisation import pooled, statistics
+from fedray.personal import FedBN, StaticNorm
+from fedray.pruners import Magnitude, NoPruning
+from fedray.sim.client import Worker
+from fedray.sim.spec import EvalSpec
+from fedray.strategies import FedAvg
+from fedray.tree import equal
+
+NORMS = {
+    "average": (),
+    "affine": (FedBN(keep="statistics"),),
+    "local": (FedBN(keep="all"),),
+    "static": (StaticNorm(),),
+}
+STATISTICS = ("running_mean", "running_var")
+
+
+def given(norm, pruner=None, **changes):
+    facts = {"evaluation": EvalSpec(every=1, clients="cohort", batch_size=20), **changes}
+    return spec(*NORMS[norm], pruner or NoPruning(), FedAvg(), model="batchnorm_cnn", **facts)
+
+
+def names_sent(ran):
+    return {
+        name for message, _ in ran.uploads[0] for part in message.parts.values() for name in part.value.layout.names
+    }
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_what_is_kept_at_clients_travels_nowhere(norm):
+    ran = run(given(norm), population("batchnorm_cnn"))
+    kept = {
+        "average": [],
+        "affine": [f"norm{i}.{s}" for i in (1, 2) for s in STATISTICS],
+        "local": [f"norm{i}.{s}" for i in (1, 2) for s in (*STATISTICS, "weight", "bias")],
+        "static": [f"norm{i}.{s}" for i in (1, 2) for s in STATISTICS],
+    }[norm]
+    sent = names_sent(ran)
+    assert sent.isdisjoint(kept)
+    assert "conv1.weight" in sent
+    assert ("norm1.running_mean" in sent) == (norm == "average")
+    assert ("test/accuracy" in ran.rows[-1]) == (norm in ("average", "static"))
+    assert "client/accuracy_mean" in ran.rows[-1]
+
+
+@pytest.mark.parametrize("pruner", PRUNERS, ids=label)
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_norm_trains_with_every_pruner_and_the_same_whoever_shares_a_process(norm, pruner):
+    one = run(given(norm, pruner, rounds=3), population("batchnorm_cnn"))
+    from laws_support import Packed
+
+    packed = Packed(given(norm, pruner, rounds=3), population("batchnorm_cnn"), chunk=1, workers=2)
+    two = run(given(norm, pruner, rounds=3), population("batchnorm_cnn"), packed)
+    assert one.digests == two.digests
+    for row, other in zip(one.rows, two.rows, strict=True):
+        assert row["client/accuracy_mean"] == other["client/accuracy_mean"]
+    assert one.digests[0] != one.digests[-1]
+
+
+@pytest.mark.parametrize("norm", ["affine", "local"])
+def test_a_client_that_nobody_trained_beside_has_the_statistics_of_its_own_data_alone(norm):
+    everyone = run(given(norm, cohort=len(SIZES), rounds=2), population("batchnorm_cnn"))
+    kept = everyone.driver.runtime.records
+    found = {client: record.memories[0] for client, record in kept.items()}
+    assert len(found) == len(SIZES)
+    means = [memory[1]["norm1.running_mean"] for memory in found.values()]
+    for at, mean in enumerate(means):
+        assert all(not torch.equal(mean, other) for other in means[:at])
+
+
+@pytest.mark.parametrize("pruner", [NoPruning(), Magnitude(sparsity=0.6)], ids=label)
+def test_static_statistics_are_those_of_the_cohorts_data_in_the_new_model(pruner):
+    ran = run(given("static", pruner, rounds=2), population("batchnorm_cnn"))
+    worker = Worker(given("static", pruner), population("batchnorm_cnn"))
+    server, driver = ran.servers[-1], ran.driver
+    cohort = [row["client"] for row in ran.records[-1].clients if "num_examples" in row]
+    parts = []
+    for client in cohort:
+        samples = worker.population.train(client)
+        module = worker.spec.task.module(worker.spec.key.fold("model"))
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(server.params[name])
+        found, count = statistics(module, [samples.take(slice(None), torch.device("cpu"))[0]])
+        parts.append((found, float(count)))
+    wanted = pooled(parts)
+    assert torch.allclose(driver.statistics.flat, wanted.flat, rtol=1e-4, atol=1e-5)
+
+
+def test_asking_for_statistics_is_in_the_ledger_under_its_name():
+    static, average = (run(given(norm, rounds=2), population("batchnorm_cnn")) for norm in ("static", "affine"))
+    asked = [row for row in static.records[-1].transfers if row.get("exchange") == "statistics"]
+    cohort = {row["client"] for row in static.records[-1].transfers}
+    assert {(row["client"], row["direction"]) for row in asked} == {(c, d) for c in cohort for d in ("down", "up")}
+    assert all(row.get("exchange") is None for row in average.records[-1].transfers)
+    extra = sum(row["value_bytes"] + row["mask_bytes"] + row["header_bytes"] for row in asked)
+    for way in ("up", "down"):
+        assert static.rows[-1][f"wire/{way}_bytes"] > average.rows[-1][f"wire/{way}_bytes"]
+    total = [sum(ran.rows[-1][f"wire/{way}_bytes"] for way in ("up", "down")) for ran in (static, average)]
+    assert total[0] - total[1] == extra
+
+
+def test_only_evaluated_rounds_are_asked_and_training_does_not_depend_on_it():
+    every, never = (
+        run(
+            replace(given("static"), evaluation=replace(given("static").evaluation, every=n)),
+            population("batchnorm_cnn"),
+        )
+        for n in (1, 0)
+    )
+    assert every.digests == never.digests
+    assert not any(row.get("exchange") for record in never.records for row in record.transfers)
+    assert equal(every.servers[-1].params, never.servers[-1].params)
