@@ -412,18 +412,24 @@ def _trainer(config: dict[str, Any]) -> TrainerSpec:
 def _policies(config: dict[str, Any]) -> tuple[tuple[str, Policy[Any, Any]], ...]:
     """Inner to outer: personal ones, pruner, strategy, corrections, each in the order in which they were named."""
     found: list[tuple[str, Policy[Any, Any]]] = []
-    if config["batch_norm"] in KEPT_NORMS:
-        found.append(("batch_norm", FedBN(keep=KEPT_NORMS[config["batch_norm"]])))
-    if config["batch_norm"] == "static":
-        found.append(("batch_norm", StaticNorm()))
+    norm = config["batch_norm"]
     nodes = [(f"personal.{name}", node) for name, node in config["personal"].items()]
+    nodes += [("batch_norm", norm)] if norm in KEPT_NORMS or norm == "static" else []
     nodes += [("pruner", config["pruner"]), ("strategy", config["strategy"])]
     nodes += [(f"correction.{name}", node) for name, node in config["correction"].items()]
     for name, node in nodes:
+        if name == "batch_norm":
+            found.append((name, StaticNorm() if norm == "static" else FedBN(keep=KEPT_NORMS[norm])))
+            continue
         policy = _make(node, name)
         if not isinstance(policy, Policy):
             raise ConfigError(f"{name}._target_ is {node['_target_']!r}; it must be a fedray.round.Policy")
         found.append((name, policy))
+        if isinstance(policy, FedBN) and norm in (*KEPT_NORMS, "static"):
+            raise ConfigError(
+                f"{name} is fedbn and batch_norm is {norm!r}; both say what becomes of batch normalisation: set "
+                "batch_norm=average, or personal=none"
+            )
     return tuple(found)
 
 
@@ -475,6 +481,8 @@ def _maker(
     arguments = {**{k: v for k, v in facts.items() if k in (_accepted(target) or [])}, **arguments}
     _check_arguments(target, arguments, "model")
     build = partial(target, **arguments)
+    if batch_norm == "group":
+        build = partial(group_normed, build)
     if init_from is not None:
         if not isinstance(init_from, Mapping):
             raise ConfigError(
@@ -484,7 +492,7 @@ def _maker(
             "model.init_from",
             lambda: pretrained.prepare(build, init_from, shape=shape, num_classes=num_classes),
         )
-    return partial(group_normed, build) if batch_norm == "group" else build
+    return build
 
 
 def maker_of_run(facts: Mapping[str, Any]) -> Any:

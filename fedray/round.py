@@ -97,6 +97,18 @@ class Optim:
     eps: float = 1e-8
     clip_norm: float | None = None
 
+    def effective_steps(self, num_steps: int, *, lr: float, prox: float = 0.0) -> float:
+        """How far SGD goes in steps on a gradient of one, in units of -lr: |a_i|_1 of Wang et al. 2020, section 4.
+
+        num_steps for plain SGD; more with momentum, less with a pull of `prox` to the start.
+        """
+        velocity, way = 0.0, 0.0
+        for _ in range(num_steps):
+            gradient = 1.0 - lr * prox * way
+            velocity = self.momentum * velocity + gradient
+            way += gradient + self.momentum * velocity if self.nesterov else velocity
+        return way
+
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:

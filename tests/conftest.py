@@ -36,7 +36,7 @@ def _data_folder() -> Path | None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if _data_folder() is None:
-        absent = pytest.mark.skip(reason="needs real data: FEDRAY_DATA=FOLDER with mnist/ and cifar10/")
+        absent = pytest.mark.skip(reason="needs real data: FEDRAY_DATA=FOLDER with mnist/, cifar10/ and shakespeare/")
         for item in items:
             if item.get_closest_marker("data") is not None:
                 item.add_marker(absent)

@@ -24,7 +24,8 @@ class Scaffold(Policy[Tree, Tree | None]):
     the client sends c_i+ - c_i; the server adds |S| / N of their mean to c, clients counting once each. Both start at
     zero, so that the first round is the strategy's own and c stays the mean of all c_i. Controls travel as float32
     whatever the wire is, one more model each way. The paper's server rate is the strategy's `lr`, and it averages
-    uniformly: strategy.weight_by=uniform.
+    uniformly: strategy.weight_by=uniform. With momentum, which the paper does not have, K is the effective number of
+    steps (Wang et al. 2020, section 4), so that a control still is a mean gradient.
 
     Under masks, which the paper does not have: controls live on the mask and start at zero on what grows, also on a
     weight that was dropped and grew back in one round. A client that was away while a weight left and returned does
@@ -32,27 +33,23 @@ class Scaffold(Policy[Tree, Tree | None]):
     """
 
     def check(self, run: RunFacts) -> None:
-        sent = [name for _, policy in run.policies for name in policy.parts(Layout((), ()), Layout((), ()))]
-        if "delta" not in sent:
-            raise ConfigError(
-                "correction is scaffold; it needs clients that take local steps and send part 'delta': set "
-                "strategy=fedavg"
-            )
+        none = Layout((), ())
+        if not any("delta" in policy.parts(none, none) for _, policy in run.policies):
+            raise ConfigError("correction is scaffold; it needs clients that take local steps: set strategy=fedavg")
 
     def warns(self, run: RunFacts) -> tuple[str, ...]:
-        optim = run.optim
-        found = []
-        if optim.name != "sgd":
-            found.append(f"trainer.optimizer={optim.name}")
-        elif optim.momentum:
-            found.append(f"trainer.momentum={optim.momentum:g}")
-        if optim.clip_norm is not None:
-            found.append(f"trainer.clip_norm={optim.clip_norm:g}")
+        plain, used = {"name": "sgd", "momentum": 0.0, "clip_norm": None}, run.optim
+        keys = {"name": "optimizer"}
+        found = [
+            f"trainer.{keys.get(name, name)}={getattr(used, name)}"
+            for name, value in plain.items()
+            if getattr(used, name) != value
+        ]
         if not found:
             return ()
         return (
-            f"with {' and '.join(found)} this is not the paper's algorithm, whose controls are mean gradients of plain "
-            "SGD: take trainer.optimizer=sgd trainer.momentum=0 trainer.clip_norm=null for that",
+            f"with {' and '.join(found)} this is not the paper's algorithm, which steps by plain SGD: take "
+            "trainer.optimizer=sgd trainer.momentum=0 trainer.clip_norm=null for that",
         )
 
     def parts(self, params: Layout, buffers: Layout) -> Mapping[str, PartSpec]:
@@ -79,12 +76,16 @@ class Scaffold(Policy[Tree, Tree | None]):
             return fit, message, memory
         start, control, mask = fit.received["params"], fit.received["control"], fit.received.mask
         mine = Tree.zeros(control.layout) if memory is None else restrict(memory, mask)
-        way = tree.scale(tree.sub(start, fit.params), 1.0 / (fit.num_steps * fit.lr))
+        assert ctx.job is not None
+        # With momentum a gradient moves a weight several times: controls that much too long would make steps diverge.
+        steps = ctx.job.optim.effective_steps(fit.num_steps, lr=fit.lr)
+        way = tree.scale(tree.sub(start, fit.params), 1.0 / (steps * fit.lr))
         new = tree.add(tree.sub(mine, control), way)
         if fit.mask is not None:
             # Training leaves no kept weight at exactly zero: this one was cut and grew back, which is no step.
             restarted = (fit.params.flat == 0) & (start.flat != 0)
             new = restrict(Tree(new.layout, torch.where(restarted, 0.0, new.flat)), fit.mask)
+        new = restrict(new, mask)  # also where a client trained beyond it
         # Everybody vouches for what everybody was sent, also where a client has dropped it: its control is zero there.
         return fit, message.put("control_change", Part(value=tree.sub(new, mine), support=mask)), new
 

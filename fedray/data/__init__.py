@@ -8,17 +8,40 @@ NumPy only: a source imports what it reads with when it is called.
 from __future__ import annotations
 
 from fedray.data.dataset import Dataset
-from fedray.data.partition import Classes, Dirichlet, Iid, Partition, Shards, histogram, manifest
+from fedray.data.partition import (
+    Classes,
+    Dirichlet,
+    DirichletPrior,
+    Iid,
+    LogNormal,
+    Mixed,
+    Natural,
+    Partition,
+    PowerLaw,
+    Quantity,
+    Shards,
+    Sizes,
+    histogram,
+    manifest,
+)
 from fedray.data.sources import digits, hub, mnist5k, regression, shakespeare, synthetic, text
-from fedray.data.views import local_tests
+from fedray.data.views import carve_validation, local_tests
 
 __all__ = [
     "Classes",
     "Dataset",
     "Dirichlet",
+    "DirichletPrior",
     "Iid",
+    "LogNormal",
+    "Mixed",
+    "Natural",
     "Partition",
+    "PowerLaw",
+    "Quantity",
     "Shards",
+    "Sizes",
+    "carve_validation",
     "digits",
     "histogram",
     "hub",

@@ -11,7 +11,7 @@ import torch
 
 from fedray import tree
 from fedray.errors import ConfigError
-from fedray.round import Context, Fit, Job, Message, Part, PartSpec, Policy, RunFacts, Server, refuse
+from fedray.round import Context, Fit, Job, Message, Optim, Part, PartSpec, Policy, RunFacts, Server, refuse
 from fedray.strategies.differences import SendsDifferences, difference
 from fedray.strategies.model_parts import WEIGHTINGS, Weighting, vote
 from fedray.sums import Sums
@@ -69,7 +69,8 @@ class FedNova(SendsDifferences[None, Local | None], Policy[None, Local | None]):
         assert memory is not None
         if fit.num_steps == 0:
             return fit, message, None
-        steps = effective_steps(fit.num_steps, lr=fit.lr, **memory)
+        optim = Optim(momentum=memory["momentum"], nesterov=bool(memory["nesterov"]))
+        steps = optim.effective_steps(fit.num_steps, lr=fit.lr, prox=memory["prox"])
         if not 0.0 < steps < math.inf:
             raise ConfigError(
                 f"the pull of {memory['prox']:g} at a rate of {fit.lr:g} overshoots, so strategy fednova finds "
@@ -82,13 +83,3 @@ class FedNova(SendsDifferences[None, Local | None], Policy[None, Local | None]):
     def step(self, server: Server, sums: Sums, memory: None, ctx: Context) -> tuple[Tree, None]:
         steps = float(sums.mean(STEPS, otherwise=0.0).flat)
         return tree.add(server.params, sums.mean("delta", otherwise=0.0), self.lr * ctx.server_lr * steps), memory
-
-
-def effective_steps(num_steps: int, *, lr: float, momentum: float, nesterov: float, prox: float) -> float:
-    """How far steps on a gradient of one lead, in units of -lr: |a_i|_1."""
-    velocity, way = 0.0, 0.0
-    for _ in range(num_steps):
-        gradient = 1.0 - lr * prox * way
-        velocity = momentum * velocity + gradient
-        way += gradient + momentum * velocity if nesterov else velocity
-    return way

@@ -23,7 +23,7 @@ from fedray.models.normalisation import statistics
 from fedray.models.task import PLAIN, Task, buffers_of, constants, float_buffers, layouts, params_of, trainable
 from fedray.round import Evidence, Fit, Job, Loss, Message, View
 from fedray.train.buffers import Arrangement
-from fedray.train.traced import NotTraceable, TracedStep
+from fedray.train.traced import NotTraceable, TracedStep, first_line
 from fedray.tree import Mask, Tree, put, restrict, take
 
 EngineKind = Literal["auto", "eager", "traced"]
@@ -391,8 +391,11 @@ class Engine:
             key = Key.of(size)
             with self._seeded(key):
                 self._autograd(x[:size], y[:size])
-            with self._seeded(key), torch.inference_mode():
-                _, *grads = step.gradients(self.weight_views, x[:size], y[:size])
+            try:
+                with self._seeded(key), torch.inference_mode():
+                    _, *grads = step.gradients(self.weight_views, x[:size], y[:size])
+            except RuntimeError as error:  # a size of the first batch has become part of an operator's arguments
+                raise NotTraceable(f"the recorded step fails at batch size {size}: {first_line(error)}") from error
             for name, ours, theirs in zip(self.params_layout.names, grads, self.grad_views, strict=True):
                 scale = float(theirs.abs().max()) if theirs.numel() else 0.0
                 if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * scale + 1e-8):

@@ -50,7 +50,7 @@ class TracedStep:
         try:
             recorded = make_fx(step, tracing_mode="symbolic")(*params, x, y)
         except Exception as error:  # whatever a user's module does under a tracer
-            raise NotTraceable(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+            raise NotTraceable(f"{type(error).__name__}: {first_line(error)}") from error
         _clean(recorded.graph)
         self.draws = any(
             torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in recorded.graph.nodes
@@ -75,6 +75,11 @@ class TracedStep:
                 param.add_(found[at], alpha=-lr)
                 at += 1
         return loss  # type: ignore[no-any-return]
+
+
+def first_line(error: Exception) -> str:
+    """Of an error that may go on for pages."""
+    return next(iter(str(error).splitlines()), "")
 
 
 def _clean(graph: torch.fx.Graph) -> None:

@@ -170,10 +170,22 @@ def test_scaffold_warns_where_it_is_not_the_papers_algorithm_and_refuses_where_n
     for optim, named in (
         ({"momentum": 0.9}, "trainer.momentum=0.9"),
         ({"name": "adam"}, "trainer.optimizer=adam"),
-        ({"clip_norm": 1.0}, "trainer.clip_norm=1"),
+        ({"clip_norm": 1.0}, "trainer.clip_norm=1.0"),
     ):
         (sentence,) = Scaffold().warns(facts(*good, **optim))
         assert sentence.startswith(f"with {named} this is not the paper's algorithm")
         Scaffold().check(facts(*good, **optim))
     with pytest.raises(ConfigError, match="correction is scaffold; it needs clients that take local steps"):
         Scaffold().check(facts(FedSGD(), Scaffold()))
+
+
+@pytest.mark.parametrize("optim", [Optim(), Optim(momentum=0.9), Optim(momentum=0.9, nesterov=True)], ids=str)
+def test_a_control_is_the_mean_gradient_also_with_momentum(optim):
+    """On a line the gradient is the same everywhere, so it is what every control must be after a round."""
+    here = Federation(policies=(NoPruning(), FedAvg(), Scaffold()), steps=(2, 5, 9), optim=optim)
+    slope = {client: draw("slope", client).flat for client in range(here.count)}
+    here.gradient = lambda client, params: slope[client]
+    for number in (1, 2, 3):
+        here.round(number)
+        for client in range(here.count):
+            assert torch.allclose(here.kept[client][-1].flat, slope[client], atol=1e-4)

@@ -428,7 +428,7 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence_with_the_ways_out(monkeypa
         name="cifar10",
     )
     monkeypatch.setitem(sys.modules, "datasets", None)
-    refused("or run `pip install 'fedray[hub]' datasets` to have it fetched", name="user/anything")
+    refused("or run `pip install 'fedray[hub]'` to have it fetched", name="user/anything")
     refused("so fetch its files from https://huggingface.co/datasets/Heliosoph/EMNIST and pass", name="emnist")
     refused("or name one of mnist, fashion_mnist,", name="anything")
 

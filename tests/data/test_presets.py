@@ -59,7 +59,7 @@ def test_every_partition_of_the_group_deals(name):
 
 
 def test_sizes_can_be_set_on_the_command_line():
-    sizes = "partition.sizes={_target_: fedray.data.partition.LogNormal, sigma: 1.0}"
+    sizes = "partition.sizes={_target_: fedray.data.LogNormal, sigma: 1.0}"
     parts = dealt(composed("partition=dirichlet_prior", sizes))
     assert len({len(part) for part in parts}) > 15
 

@@ -159,7 +159,7 @@ STRATEGIES = (
     FedSGD(lr=0.7, weight_by="uniform", batch_size=3),
 )
 OPTIMISING = (
-    FedAvgM(),
+    FedAvgM(lr=0.2),
     FedAvgM(lr=0.5, momentum=0.5, nesterov=True, weight_by="uniform"),
     FedAdagrad(lr=0.3, tau=0.1),
     FedAdam(lr=0.1, tau=0.05),

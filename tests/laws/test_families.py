@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from laws_support import run
 
 from fedray.config import assemble, conf_folder, register
+from fedray.errors import ConfigError
 
 SMALL = ["data._target_=family_data.images"]
 IMAGES = [*SMALL, "data.size=16"]
@@ -53,17 +54,31 @@ WIRES = (
 COMMON = ["partition=iid", "num_clients=4", "cohort=3", "rounds=2", "trainer.batch_size=8", "trainer.lr=0.01"]
 
 
-def two_rounds(family, pruner, wire):
+def two_rounds(family, pruner, wire, engine):
     register()
-    wanted = [*{**FAMILIES, **LARGE}[family], *PRUNERS[pruner], f"wire={wire}", *COMMON]
+    wanted = [*{**FAMILIES, **LARGE}[family], *PRUNERS[pruner], f"wire={wire}", *COMMON, f"trainer.engine={engine}"]
     groups = [o for o in wanted if o.count(".") == 0 and "=" in o and not o.startswith(("~", "+"))]
     with initialize_config_dir(conf_folder(), version_base="1.3"):
         made = assemble(compose("config", overrides=[*groups, *(o for o in wanted if o not in groups)]))
     return made, run(made.spec, made.population)
 
 
-def check(family, pruner, wire):
-    made, ran = two_rounds(family, pruner, wire)
+def refused(family, pruner, wire):
+    """The rule that forbids them to go together; None where they do."""
+    if wire == "powersgd" and pruner != "none":
+        return "it needs whole matrices"
+    if "static" in family and wire in ("int4", "stc"):
+        return "wire.down follows"
+    return None
+
+
+def check(family, pruner, wire, engine="eager"):
+    rule = refused(family, pruner, wire)
+    if rule is not None:
+        with pytest.raises(ConfigError, match=rule):
+            two_rounds(family, pruner, wire, engine)
+        return
+    made, ran = two_rounds(family, pruner, wire, engine)
     rows, server = ran.rows, ran.servers[-1]
     assert len(rows) == 2
     assert math.isfinite(rows[-1]["train/loss"])
@@ -91,6 +106,11 @@ PAIRS = [
 @pytest.mark.parametrize(("family", "pruner", "wire"), PAIRS)
 def test_two_rounds_of_a_family_with_a_pruner_and_a_wire(family, pruner, wire):
     check(family, pruner, wire)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_with_the_engine_that_auto_chooses(family):
+    check(family, "none", "float32", engine="auto")
 
 
 def test_the_sample_covers_every_pair_of_pruner_with_family_and_wire():

@@ -204,8 +204,8 @@ RECORDED = [("traced", pruner) for pruner in (PRUNERS[1], PRUNERS[7], PRUNERS[-2
 def test_masks_hold_on_every_model_and_engine(engine, pruner):
     for model in ("lenet",) if engine == "traced" else ("lenet", "batchnorm_cnn"):
         # Plain SGD and a pull take different ways through a recorded step.
-        for corrections in ((), (FedProx(mu=0.1),)):
-            given = spec(pruner, FedAvg(), *corrections, model=model, engine=engine, rounds=3)
+        for more in ((), (FedProx(mu=0.1),)):
+            given = spec(pruner, FedAvg(), *more, model=model, engine=engine, rounds=3)
             ran = run(given, population(model))
             for server in ran.servers:
                 if server.mask is not None:
@@ -440,6 +440,11 @@ CHANGES = {
     ("trainer", "lr_schedule"): ([], "trainer.lr_schedule=cosine"),
     ("trainer", "lr_decay"): (["trainer.lr_schedule=step"], "trainer.lr_decay=0.5"),
     ("trainer", "lr_every"): (["trainer.lr_schedule=step", "trainer.lr_decay=0.5"], "trainer.lr_every=2"),
+    ("trainer", "lr_warmup"): ([], "trainer.lr_warmup=3"),
+    ("server", "lr_schedule"): ([], "server.lr_schedule=cosine"),
+    ("server", "lr_decay"): (["server.lr_schedule=step"], "server.lr_decay=0.5"),
+    ("server", "lr_every"): (["server.lr_schedule=step", "server.lr_decay=0.5"], "server.lr_every=2"),
+    ("server", "lr_warmup"): ([], "server.lr_warmup=3"),
     ("trainer", "batch_size"): ([], "trainer.batch_size=16"),
     ("trainer", "epochs"): ([], "trainer.epochs=2"),
     ("trainer", "steps"): (["trainer.epochs=null", "trainer.steps=3"], "trainer.steps=4"),
@@ -492,8 +497,8 @@ CHANGES = {
     **{
         (f"strategy.{kind}", name): ([f"strategy={kind.lower()}", *base], f"strategy.{change}")
         for kind, name, base, change in (
-            *((kind, "lr", [], "lr=0.3") for kind in ADAPTIVE + ("FedAvgM", "FedNova", "FedDyn")),
-            *((kind, "weight_by", [], "weight_by=uniform") for kind in ADAPTIVE + ("FedAvgM", "FedNova")),
+            *((kind, "lr", [], "lr=0.3") for kind in (*ADAPTIVE, "FedAvgM", "FedNova", "FedDyn")),
+            *((kind, "weight_by", [], "weight_by=uniform") for kind in (*ADAPTIVE, "FedAvgM", "FedNova")),
             *((kind, "beta1", [], "beta1=0.5") for kind in ADAPTIVE),
             *((kind, "tau", [], "tau=0.1") for kind in ADAPTIVE),
             *((kind, "initial", [], "initial=zero") for kind in ADAPTIVE),

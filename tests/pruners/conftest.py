@@ -61,7 +61,7 @@ class World:
         if client is None:
             return facts
         info = ClientInfo(id=client, num_examples=self.sizes[client])
-        return replace(facts, key=key.fold("client", client), client=info, probe=self.probe(client))
+        return replace(facts, key=key.fold("client", client), client=info, probe=self.probe(client), job=self.job())
 
     def job(self):
         return Job(

@@ -39,9 +39,7 @@ COMMON = [
     "trainer.epochs=null",
     "trainer.steps=3",
     "eval.batch_size=100",
-    "rounds=400",
-    "stop.patience=1000000",
-    "checkpoint.every=0",
+        "checkpoint.every=0",
     "tracker.progress=none",
     "tracker.wandb.mode=disabled",
 ]
@@ -130,12 +128,13 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_eight_actors_hold_one_copy_of_the_data(cluster: str, sources: Path, tmp_path: Path) -> None:
-    rounds = ["rounds=60", "data=noise"]
+    rounds = ["rounds=20", "data=noise"]
     small = peaks(cluster, rounds, tmp_path / "small", sources)
     large = peaks(cluster, [*rounds, "data.megabytes=120"], tmp_path / "large", sources)
     check_one_copy(small, large, 119 * 1_000_000)
 
 
+@pytest.mark.full
 @pytest.mark.data
 def test_eight_actors_hold_one_copy_of_cifar10(
     cluster: str, sources: Path, tmp_path: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -37,7 +37,14 @@ def context(number=1, *, num_clients=3, server_lr=1.0, lr=0.1, client=None, **fa
         lr=lr,
         server_lr=server_lr,
         client=info,
+        job=None if client is None else job(lr=lr),
     )
+
+
+def job(lr=0.1, **changes):
+    """A client's training as it is configured."""
+    facts = {"num_steps": 3, "batch_size": 2, "optim": PLAIN, **changes}
+    return Job(params=draw("origin"), buffers=Tree.zeros(NOTHING), mask=None, lr=lr, **facts)
 
 
 def facts(*policies, objective=None, kinds=None, epochs=1, steps=None, **optim):
@@ -107,7 +114,8 @@ class Federation:
         ctx = context(number, num_clients=self.count, lr=self.lr)
         if client is None:
             return ctx
-        return replace(ctx, client=ClientInfo(id=client, num_examples=self.sizes[client]))
+        info = ClientInfo(id=client, num_examples=self.sizes[client])
+        return replace(ctx, client=info, job=self.job(client))
 
     def train(self, job, received, client):
         start = params = restrict(job.params, job.mask).flat

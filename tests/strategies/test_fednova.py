@@ -8,7 +8,6 @@ from fedray.corrections import FedProx
 from fedray.errors import ConfigError
 from fedray.round import Optim
 from fedray.strategies import FedAvg, FedNova
-from fedray.strategies.fednova import effective_steps
 from fedray.tree import equal
 
 OPTIMS = (Optim(), Optim(momentum=0.9), Optim(momentum=0.5), Optim(momentum=0.8, nesterov=True))
@@ -23,19 +22,18 @@ def test_effective_steps_are_how_far_pytorchs_sgd_goes_on_a_gradient_of_one(opti
     for _ in range(steps):
         weight.grad = 1.0 + prox * weight.detach()
         sgd.step()
-    found = effective_steps(steps, lr=0.2, momentum=optim.momentum, nesterov=optim.nesterov, prox=prox)
+    found = optim.effective_steps(steps, lr=0.2, prox=prox)
     assert found == pytest.approx(-weight.item() / 0.2, rel=1e-12)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 20])
 def test_effective_steps_have_the_papers_closed_forms(steps):
-    plain = {"lr": 0.1, "nesterov": False}
-    assert effective_steps(steps, momentum=0.0, prox=0.0, **plain) == steps
+    assert Optim().effective_steps(steps, lr=0.1) == steps
     r = 0.9
     closed = (steps - r * (1 - r**steps) / (1 - r)) / (1 - r)
-    assert effective_steps(steps, momentum=r, prox=0.0, **plain) == pytest.approx(closed)
+    assert Optim(momentum=r).effective_steps(steps, lr=0.1) == pytest.approx(closed)
     closed = (1 - (1 - 0.1 * 2.0) ** steps) / (0.1 * 2.0)
-    assert effective_steps(steps, momentum=0.0, prox=2.0, **plain) == pytest.approx(closed)
+    assert Optim().effective_steps(steps, lr=0.1, prox=2.0) == pytest.approx(closed)
 
 
 @pytest.mark.parametrize("optim", OPTIMS, ids=repr)
@@ -58,7 +56,7 @@ def test_unequal_steps_are_averaged_as_by_hand(optim, weight_by):
     if optim.momentum == 0.9:
         a = [(t - 0.9 * (1 - 0.9**t) / 0.1) / 0.1 for t in steps]
     else:
-        a = [effective_steps(t, lr=0.1, momentum=optim.momentum, nesterov=optim.nesterov, prox=0.0) for t in steps]
+        a = [optim.effective_steps(t, lr=0.1) for t in steps]
     direction = sum(p * d / n for p, d, n in zip(shares, moved, a, strict=True))
     expected = before + sum(p * n for p, n in zip(shares, a, strict=True)) * direction
     assert torch.allclose(after, expected, rtol=1e-5, atol=1e-6)

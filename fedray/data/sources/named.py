@@ -258,7 +258,7 @@ def _online(name: str, known: Named | None, subset: str | None, reading: tables.
     except ImportError as error:
         raise ConfigError(
             f"data.path is null; {name} does not come with fedray, so {by_hand}, or run "
-            f"`pip install 'fedray[hub]' datasets` to have it fetched ({error})"
+            f"`pip install 'fedray[hub]'` to have it fetched ({error})"
         ) from error
     try:
         loaded = datasets.load_dataset(repository, subset)
