@@ -118,7 +118,8 @@ def client_memory(
 
     Weights, gradients and states are float32 and counted where the mask keeps them, positions not included: like the
     FLOPs the theoretical figure of an unstructured mask, because dense kernels hold the zeros too. Buffers count
-    with the weights, and so do constant parameters, which have no gradient. Left out: the data set, the framework, workspaces of kernels.
+    with the weights, and so do constant parameters, which have no gradient. Left out: the data set, the
+    framework, workspaces of kernels.
     """
     moving = {name: parameter.numel() for name, parameter in module.named_parameters() if parameter.requires_grad}
     kept = sum(moving.values())

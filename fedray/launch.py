@@ -73,6 +73,8 @@ def execute(assembly: Assembly, folder: Path, *, resume_round: int | None = None
     title = f"{spec.name}  {spec.run_id}  seed {spec.seed}"
     with Progress(assembly.progress, spec.rounds, title) as progress:
         progress.note(describe(assembly))
+        for warning in assembly.facts["warnings"]:
+            progress.note(f"warning: {warning}")
         stream = (
             _inline(assembly, recording)
             if assembly.runtime.kind == "inline"
@@ -92,7 +94,7 @@ def execute(assembly: Assembly, folder: Path, *, resume_round: int | None = None
     if status == "interrupted":
         raise Interrupted(f"interrupted; {len(read_rows(folder))} finished rounds are in {folder}")
     rows = read_rows(folder)
-    dense = 4 * num_params(assembly) * spec.cohort * spec.rounds
+    dense = 4 * num_params(assembly) * spec.cohort * (rows[-1]["round"] if rows else 0)
     progress.summary([*summary_lines(rows, dense_bytes_up=dense, dense_bytes_down=dense), ("folder", str(folder))])
     return Run(folder)
 

@@ -137,6 +137,9 @@ class Driver:
         waiting: _Open | None = None  # its evaluation is still out
         finished: list[_Open] = []
         run_started, cpu_before = time.perf_counter(), time.process_time()
+        self.stopped = self.progress.why_stop  # it may go on from where it stopped
+        if self.stopped is not None:
+            return
         for round in range(self.first_round, self.spec.rounds + 1):
             started = time.perf_counter()
             cohort = self.spec.sample_cohort(round, self.sizes)

@@ -27,6 +27,8 @@ from fedray.train.traced import NotTraceable, TracedStep, first_line
 from fedray.tree import Mask, Tree, put, restrict, take
 
 EngineKind = Literal["auto", "eager", "traced"]
+MOST_RECORDED_LAYERS = 12
+"""Above it "auto" does not record: it takes each process up to 20 s, and big operators leave little to save."""
 PROBE_CHUNK = 1000  # samples; bounds the memory of a probe over all of a client's data
 
 
@@ -360,6 +362,11 @@ class Engine:
     def _resolve(self, kind: EngineKind, sample_shape: tuple[int, ...]) -> tuple[str, str]:
         if kind == "eager":
             return "eager", "asked for"
+        layers = [child for child in self.module.modules() if any(True for _ in child.parameters(recurse=False))]
+        if kind == "auto" and any(isinstance(layer, torch.nn.RNNBase) for layer in layers):
+            return "eager", "recording a recurrent layer takes longer than it saves"
+        if kind == "auto" and len(layers) > MOST_RECORDED_LAYERS:
+            return "eager", f"recording {len(layers)} layers takes longer than it saves"
         x = try_inputs(4, sample_shape, self.vocabulary).to(self.device)
         if x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)

@@ -184,7 +184,7 @@ def test_a_control_is_the_mean_gradient_also_with_momentum(optim):
     """On a line the gradient is the same everywhere, so it is what every control must be after a round."""
     here = Federation(policies=(NoPruning(), FedAvg(), Scaffold()), steps=(2, 5, 9), optim=optim)
     slope = {client: draw("slope", client).flat for client in range(here.count)}
-    here.gradient = lambda client, params: slope[client]
+    here.gradient = lambda client, _: slope[client]
     for number in (1, 2, 3):
         here.round(number)
         for client in range(here.count):

@@ -35,11 +35,22 @@ from laws_support import (
 )
 
 from fedray import corrections, personal, strategies, wire
-from fedray.config import Config, ScopeConfig, TrainerConfig, assemble, conf_folder, register
+from fedray.config import (
+    Config,
+    ScopeConfig,
+    ServerConfig,
+    StopConfig,
+    TrainerConfig,
+    assemble,
+    conf_folder,
+    register,
+)
 from fedray.corrections import FedProx, Scaffold
+from fedray.data import augment, partition, skew
 from fedray.keys import Key
 from fedray.pruners import FedDST, Magnitude, NoPruning, Random
 from fedray.round import Optim, Policy
+from fedray.sim import sampling
 from fedray.sim.client import Worker
 from fedray.sim.spec import EvalSpec
 from fedray.strategies import FedAvg, FedSGD
@@ -428,6 +439,7 @@ SPARSE = ["pruner=random"]
 ADAPTIVE = ("FedAdagrad", "FedAdam", "FedYogi")
 SCORED = "eval.every=1"  # where only what clients run changes
 TUNED = "personal.local_fine_tuning."
+DAILY = ["availability=periodic", "availability.present=1", "availability.period=4"]
 STATISTICS_STAY = "personal.fedbn.keep=statistics"
 # (group, field): (base settings in which the field matters, its other value)
 CHANGES = {
@@ -458,6 +470,51 @@ CHANGES = {
     ("scope", "last_layer"): (SPARSE, "scope.last_layer=false"),
     ("scope", "biases"): (SPARSE, "scope.biases=true"),
     ("scope", "norms"): ([*SPARSE, "model=batchnorm_cnn", "~model.hidden"], "scope.norms=true"),
+    ("validation", "validation"): ([], "validation=0.3"),
+    ("batch_norm", "batch_norm"): (["model=batchnorm_cnn", "~model.hidden", "rounds=1"], "batch_norm=group"),
+    ("stop", "metric"): (["eval.every=1", "stop.patience=1", "rounds=9"], "stop.metric=client/accuracy_p10"),
+    ("stop", "targets"): ([SCORED, "stop.targets=[0.05]", "stop.at_targets=true"], "stop.targets=[0.99]"),
+    ("stop", "at_targets"): ([SCORED, "stop.targets=[0.05]"], "stop.at_targets=true"),
+    ("stop", "patience"): ([SCORED, "trainer.lr=1.0e-9"], "stop.patience=1"),
+    ("stop", "min_delta"): ([SCORED, "stop.patience=1"], "stop.min_delta=0.9"),
+    ("sampling.Fixed", "clients"): (["sampling=fixed"], "sampling.clients=[0,2,4]"),
+    ("availability.Periodic", "period"): (DAILY, "availability.period=3"),
+    ("availability.Periodic", "present"): (DAILY, "availability.present=2"),
+    ("availability.Periodic", "groups"): (DAILY, "availability.groups=2"),
+    ("availability.RandomDropout", "rate"): (["availability=dropout"], "availability.rate=0.7"),
+    ("skew.Noise", "std"): (["skew=noise"], "skew.std=0.7"),
+    ("skew.Rotation", "degrees"): (["skew=rotation"], "skew.degrees=90"),
+    ("skew.Rotation", "groups"): (["skew=rotation"], "skew.groups=2"),
+    ("skew.Affine", "shear_degrees"): (["skew=affine"], "skew.shear_degrees=40"),
+    ("skew.Affine", "scale"): (["skew=affine"], "skew.scale=0.5"),
+    ("skew.Affine", "contrast"): (["skew=affine"], "skew.contrast=0.1"),
+    ("skew.Affine", "inversion"): (["skew=affine"], "skew.inversion=1.0"),
+    ("augment.Crop", "padding"): (["augment=cifar"], "augment.crop.padding=1"),
+    ("augment.Crop", "fill"): (["augment=cifar"], "augment.crop.fill=1.0"),
+    ("augment.Flip", "probability"): (["augment=cifar"], "augment.flip.probability=0.0"),
+    ("augment.Cutout", "size"): (
+        ["+augment.cutout._target_=fedray.data.augment.Cutout", "+augment.cutout.size=2"],
+        "augment.cutout.size=4",
+    ),
+    ("partition.DirichletPrior", "alpha"): (["partition=dirichlet_prior"], "partition.alpha=5.0"),
+    ("partition.DirichletPrior", "sizes"): (
+        ["partition=dirichlet_prior"],
+        "partition.sizes={_target_: fedray.data.LogNormal, sigma: 0.3}",
+    ),
+    ("partition.Quantity", "beta"): (["partition=quantity", "~partition.alpha"], "partition.beta=5.0"),
+    ("partition.Quantity", "min_size"): (["partition=quantity", "~partition.alpha"], "partition.min_size=200"),
+    ("partition.LogNormal", "sigma"): (["partition=log_normal", "~partition.alpha"], "partition.sigma=0.2"),
+    ("partition.LogNormal", "min_size"): (["partition=log_normal", "~partition.alpha"], "partition.min_size=200"),
+    ("partition.PowerLaw", "exponent"): (["partition=power_law", "~partition.alpha"], "partition.exponent=0.3"),
+    ("partition.PowerLaw", "min_size"): (["partition=power_law", "~partition.alpha"], "partition.min_size=200"),
+    ("partition.Mixed", "labels"): (["partition=mixed", "~partition.alpha"], "partition.labels.alpha=5.0"),
+    ("partition.Mixed", "sizes"): (["partition=mixed", "~partition.alpha"], "partition.sizes.beta=5.0"),
+    ("partition.Mixed", "min_size"): (["partition=mixed", "~partition.alpha"], "partition.min_size=100"),
+    ("partition.Classes", "cut"): (["partition=extended_dirichlet", "~partition.alpha"], "partition.cut.beta=9.0"),
+    ("partition.Natural", "take"): (
+        ["data=synthetic", "partition=natural", "~partition.alpha", "~data.test_fraction"],
+        "partition.take=largest",
+    ),
     ("partition.Dirichlet", "alpha"): ([], "partition.alpha=5.0"),
     ("partition.Dirichlet", "min_size"): ([], "partition.min_size=180"),
     ("partition.Shards", "per_client"): (["partition=shards", "~partition.alpha"], "partition.per_client=3"),
@@ -606,6 +663,15 @@ def test_every_setting_that_decides_a_result_is_in_that_table():
         for group, room in (("strategy", strategies), ("correction", corrections), ("personal", personal))
         for name in room.__all__
     }
+    rooms = (("partition", partition), ("skew", skew), ("augment", augment))
+    rooms += (("sampling", sampling), ("availability", sampling))
+    for (group, room), (name, kind) in ((pair, item) for pair in rooms for item in vars(pair[1]).items()):
+        decided = dataclasses.is_dataclass(kind) and kind.__module__.startswith(room.__name__) and name != "Augment"
+        reaches = group not in ("sampling", "availability") or f"{group}.{name}" in named
+        if decided and reaches:
+            kinds[f"{group}.{name}"] = kind
+    assert named["stop"] == {f.name for f in dataclasses.fields(StopConfig)}
+    assert named["server"] == {f.name for f in dataclasses.fields(ServerConfig)}
     for name, kind in kinds.items():
         assert named.get(name, set()) == {f.name for f in dataclasses.fields(kind)}, name
     stages = [getattr(wire, name) for name in wire.__all__ if name not in ("Chain", "Delta")]
