@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -24,10 +23,11 @@ from fedray.wire.masks import CODER_NAMES
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 WIRE = (ROOT / "docs" / "wire.md").read_text(encoding="utf-8")
+SETTINGS = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^`(mine/\S+)`\n\n```(?:python|yaml)\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
-SHELL = "\n".join(re.findall(r"^```bash\n(.*?)^```", README + WIRE, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
+SHELL = "\n".join(re.findall(r"^```bash\n(.*?)^```", README + WIRE + SETTINGS, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
 COMMANDS = [
-    [*takewhile(lambda word: word != "#", shlex.split(line))]
+    shlex.split(line, comments=True)
     for line in SHELL.splitlines()
     if re.match(r"\s*python -m fedray ", line)
 ]
@@ -69,8 +69,9 @@ def test_the_commands_of_the_readme_compose(words: list[str], mine: Path) -> Non
     from hydra import compose, initialize_config_dir
 
     register()
-    overrides = [word for word in words[3:] if "=" in word and not word.startswith("hydra.")]
-    sweep = [override.split(",")[0] for override in overrides] if "-m" in words else overrides
+    overrides = [word for word in words[3:] if "=" in word and not word.startswith(("hydra.", "--"))]
+    whole = "-m" not in words
+    sweep = [one if whole or "[" in one or "{" in one else one.split(",")[0] for one in overrides]
     with initialize_config_dir(conf_folder(), version_base="1.3"):
         cfg = compose("config", overrides=[*sweep, f"hydra.searchpath=[file://{mine}]"])
     assert cfg.rounds >= 1
@@ -104,7 +105,9 @@ def test_every_metric_of_the_readme_is_in_a_row(tmp_path: Path) -> None:
     run = fedray.run(
         [
             "+experiment=quickstart",
+            "personal=ditto",
             "rounds=40",
+            "stop.targets=[0.1]",
             "runtime=inline",
             "tracker.progress=none",
             "tracker.wandb.mode=disabled",
@@ -114,6 +117,8 @@ def test_every_metric_of_the_readme_is_in_a_row(tmp_path: Path) -> None:
     table = README.split("| metric in `rounds.jsonl`")[1].split("\n\n")[0]
     names = [name for name in re.findall(r"`([a-z]+/[a-z_/<>]+|digest)`", table) if "<" not in name]
     assert len(names) >= 15
+    assert {"target/0.1/rounds", "target/0.1/bytes", "target/0.1/seconds"} <= set(run.final)
+    names = [name for name in names if name not in ("test/mse", "test/perplexity")]  # of other kinds of data
     assert [name for name in names if name not in run.final] == []
 
 
@@ -150,3 +155,10 @@ def test_every_wire_is_in_the_readme_and_every_stage_and_convention_on_the_wire_
             assert f"`{name}" in WIRE, name
     assert [name for name in CONVENTIONS if f"`{name}`" not in WIRE] == []
     assert [name for name in CODER_NAMES if name not in ("none", "known") and f"`{name}`" not in WIRE] == []
+
+
+@pytest.mark.parametrize("group", ["strategy", "correction", "personal", "sampling", "availability", "partition", "data"])
+def test_docs_settings_names_every_choice_of_a_group(group: str) -> None:
+    for path in sorted((Path(conf_folder()) / group).glob("*.yaml")):
+        # Data sets of a file are named in one list, without the generic ones that commands show.
+        assert re.search(rf"\b{path.stem}\b", SETTINGS) or path.stem == "none", f"{group}={path.stem}"

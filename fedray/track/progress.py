@@ -180,7 +180,7 @@ class _Columns:
         self.rows.append((row, fmean(seconds) * max(self.rounds - row["round"], 0) if seconds else None))
 
     def titles(self) -> list[str]:
-        metric = (self._metric or "test/accuracy").removeprefix("test/")
+        metric = _title(self._metric or "test/accuracy")
         loss = (self._loss or "train/loss").replace("/", " ")
         return ["round", metric, loss, "sparsity", "MB up", "MB down", "s/round", "ETA"]
 
@@ -236,6 +236,11 @@ def summary_lines(
     up, down = _total(rows, "wire/up_bytes"), _total(rows, "wire/down_bytes")
     if up is not None and down is not None:
         lines.append(("MB both ways", _against_dense(up + down, dense_bytes_up + dense_bytes_down)))
+    for key in rows[-1] if rows else ():
+        if key.startswith("target/") and key.endswith("/rounds"):
+            at = key.removesuffix("rounds")
+            sent = f"{_number(rows[-1], f'{at}bytes') or 0:,.0f} bytes, {_number(rows[-1], f'{at}seconds') or 0:.1f} s"
+            lines.append((f"reached {at.split('/')[1]}", f"after {rows[-1][key]} rounds, {sent}"))
     seconds = _total(rows, "time/round_s")
     if seconds is not None:
         count = sum(_number(row, "time/round_s") is not None for row in rows)
@@ -244,11 +249,19 @@ def summary_lines(
 
 
 def headline_metric(row: Mapping[str, Any]) -> str | None:
-    """The key of the row's main metric: test/accuracy, else the first test/* that is no loss and no accuracy."""
+    """The key of the row's main metric: test/accuracy, else the first test/* that is no loss and no accuracy, else the
+    mean over the clients' own models."""
     if "test/accuracy" in row:
         return "test/accuracy"
     others = (key for key in row if key.startswith("test/"))
-    return next((key for key in others if key != "test/loss" and not key.startswith("test/accuracy_")), None)
+    found = next((key for key in others if key != "test/loss" and not key.startswith("test/accuracy_")), None)
+    clients = (key for key in row if key.startswith("client/") and key.endswith("_mean"))
+    return found or next((key for key in clients if not key.startswith(("client/global_", "client/sparsity"))), None)
+
+
+def _title(key: str) -> str:
+    """A metric as a column shows it: `client/accuracy_mean` as "clients' mean"."""
+    return "clients' mean" if key.startswith("client/") else key.removeprefix("test/")
 
 
 def format_seconds(seconds: float) -> str:
