@@ -528,7 +528,7 @@ def _try_model(task: Task, dataset: Dataset, spec: RunSpec) -> nn.Module:
     if tuple(outputs.shape[:-1]) != leading or width < dataset.num_classes or (exact and width != dataset.num_classes):
         raise ConfigError(
             f"model._target_ is {target!r}; for two samples it gives shape {tuple(outputs.shape)}, and "
-            f"{(*leading, dataset.num_classes)} is needed for data={dataset.name} ({dataset.objective})"
+            f"{(*leading, dataset.num_classes)} {'outputs' if exact else 'logits'} are needed for data={dataset.name}"
         )
     return module
 

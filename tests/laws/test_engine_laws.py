@@ -585,6 +585,17 @@ def test_learning_rates_follow_their_schedules():
     assert cosine.at(6, 10) == pytest.approx(0.2)
     assert cosine.at(10, 10) == pytest.approx(0.4 * 0.5 * (1 + math.cos(math.pi * 0.9)))
     assert cosine.at(11, 10) == pytest.approx(0.0, abs=1e-12)
+    linear = LearningRate(lr=0.4, kind="linear")
+    assert [linear.at(r, 4) for r in range(1, 6)] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0])
+    root = LearningRate(lr=0.4, kind="inverse_sqrt")
+    assert [root.at(r, 9) for r in (1, 4, 9)] == pytest.approx([0.4, 0.2, 0.4 / 3])
+    warm = LearningRate(lr=0.4, warmup=4)
+    assert [warm.at(r, 9) for r in range(1, 7)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+    both = LearningRate(lr=0.4, kind="linear", warmup=2)
+    assert [both.at(r, 4) for r in range(1, 4)] == pytest.approx([0.2, 0.3, 0.2])
+    assert [LearningRate(lr=1.0, kind=k).depends_on_rounds for k in ("constant", "step", "cosine", "linear")] == [
+        False, False, True, True,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("strategy", [FedAvg(), FedSGD()], ids=["fedavg", "fedsgd"])

@@ -206,9 +206,10 @@ def test_the_global_generators_are_left_alone():
 
 def test_a_cohort_is_a_function_of_seed_and_round_without_replacement():
     one, two = spec(cohort=4), spec(Magnitude(sparsity=0.5), FedAvg(), cohort=4, lr=0.7)
-    cohorts = [one.sample_cohort(round) for round in range(1, 40)]
-    assert cohorts == [two.sample_cohort(round) for round in range(1, 40)]
-    assert cohorts != [spec(cohort=4, seed=1).sample_cohort(round) for round in range(1, 40)]
+    sizes = np.array([5] * 6)
+    cohorts = [one.sample_cohort(round, sizes) for round in range(1, 40)]
+    assert cohorts == [two.sample_cohort(round, sizes) for round in range(1, 40)]
+    assert cohorts != [spec(cohort=4, seed=1).sample_cohort(round, sizes) for round in range(1, 40)]
     assert len(set(cohorts)) > 5
     for cohort in cohorts:
         assert list(cohort) == sorted(set(cohort))

@@ -24,13 +24,16 @@ _LEAST_SAMPLES = 50
 _MNIST = ((0.1307,), (0.3081,))
 
 
-def digits(*, path: str | None = None, test_fraction: float = 0.2, size: int | None = None) -> Dataset:
+def digits(
+    *, path: str | None = None, test_fraction: float = 0.2, size: int | None = None, margin: int = 0
+) -> Dataset:
     """scikit-learn's digits: 1,797 images, uint8 in [0, 16], shape (1, 8, 8), 10 classes, bright strokes on black.
 
     test_fraction: share held out as the global test set, equal in all classes; which samples is fixed for all seeds.
     size:          pixels; images are resized bilinearly to (1, size, size), uint8 in [0, 255] as MNIST's are. None
                    leaves them as they are.
-    path: must be None. Raises ConfigError for a path, a bad fraction or size, or a missing scikit-learn.
+    margin:        pixels of black around the resized image, which `size` includes; MNIST's digits have 4 of 28.
+    path: must be None. Raises ConfigError for a path, a bad fraction, size or margin, or a missing scikit-learn.
     """
     if path is not None:
         state = "no such folder; " if not Path(path).expanduser().is_dir() else ""
@@ -39,6 +42,11 @@ def digits(*, path: str | None = None, test_fraction: float = 0.2, size: int | N
             "choose data=mnist or data=cifar10"
         )
     fraction = check_fraction(test_fraction)
+    if margin < 0 or (margin and (size is None or 2 * margin >= size)):
+        raise ConfigError(
+            f"data.margin is {margin!r}; it is a number of pixels below half of data.size, which is {size!r}: lower it, "
+            "or set data.size=28"
+        )
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -50,7 +58,9 @@ def digits(*, path: str | None = None, test_fraction: float = 0.2, size: int | N
     scale = 1 / 16
     if size is not None:
         levels = np.rint(x * (255 / 16)).astype(np.uint8)
-        x, scale = resize(levels, check_count("size", size)), 1 / 255
+        inner = check_count("size", size) - 2 * margin
+        x, scale = resize(levels, max(inner, 1)), 1 / 255
+        x = np.pad(x, [(0, 0), (0, 0), (margin, margin), (margin, margin)])
     held_out = _held_out(y, fraction, Key.of(0).fold("data", "digits", "test"))
     mean, std = pixel_statistics(x[~held_out], scale=scale)
     return Dataset.of(
