@@ -39,7 +39,7 @@ from fedray.errors import ConfigError
 from fedray.keys import Key
 from fedray.models import Scope, Task, pretrained
 from fedray.models.normalisation import group_normed
-from fedray.models.task import OBJECTIVES, kinds, trainable
+from fedray.models.task import OBJECTIVES, kinds, prunable_names, trainable
 from fedray.personal import FedBN, StaticNorm
 from fedray.round import FieldError, Optim, Policy
 from fedray.sim.client import codec_of, has_global_model
@@ -265,7 +265,15 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None, choices: Mappin
     _check_goals(spec, module)
     population = _population(dealt, config, spec)
     if config["model"].get("init_from") is not None:
-        spec = replace(spec, initial_mask=_initial_mask(pretrained.mask_of(config["model"]["init_from"]), module))
+        found = _initial_mask(pretrained.mask_of(config["model"]["init_from"]), module)
+        beyond = [name for name, kept in (found or {}).items() if not kept.all()]
+        beyond = [name for name in beyond if name not in prunable_names(module, scope)]
+        if beyond:
+            raise ConfigError(
+                f"model.init_from.source is {config['model']['init_from']['source']!r}; that run has cut {beyond[0]}, "
+                "which scope.* does not count as prunable here: set scope as that run has it"
+            )
+        spec = replace(spec, initial_mask=found)
     run_id = _run_id(config, dataset)
     warnings = [f"{name}: {text}" for name, policy in policies for text in policy.warns(facts)]
     about = {
@@ -618,6 +626,9 @@ def _run_id(config: dict[str, Any], dataset: Dataset) -> str:
     rates = (_rate(1.0, config["trainer"]), _rate(1.0, config["server"]))
     if any(rate.depends_on_rounds for rate in rates):
         kept["rounds"] = config["rounds"]  # the rate of every round depends on the last
+    every = config["eval"]["every"]
+    if config["batch_norm"] == "static" and config["rounds"] % every:
+        kept["rounds"] = config["rounds"]  # the last round is evaluated on top, and asking for statistics costs bytes
     if config["model"].get("init_from") is not None:
         weights = {k: v for k, v in config["model"]["init_from"].items() if k != "source"}
         kept["model"] = {
@@ -734,6 +745,11 @@ def _check_skeleton(config: dict[str, Any]) -> None:
         config["batch_norm"],
         f"choose one of {', '.join(BATCH_NORMS)}",
     )
+    if config["batch_norm"] == "static" and evaluation["every"] == 0:
+        raise ConfigError(
+            "eval.every is 0; batch_norm=static has its statistics from evaluations, so set it to 1 or more, or take "
+            "batch_norm=average"
+        )
     bad = any(not math.isfinite(target) for target in stop["targets"])
     _refuse(bad, "stop.targets", stop["targets"], "write numbers, as in [0.9,0.95]")
     bad = stop["at_targets"] and not stop["targets"]

@@ -29,16 +29,32 @@ FLOAT_BYTES = 4
 
 
 def forward_flops(module: nn.Module, sample: Tensor) -> dict[str, int]:
-    """Dense FLOPs of one sample by the name of the weight that causes them. sample: (1, *shape)."""
+    """Dense FLOPs of one sample by the name of the weight that causes them. sample: (1, *shape).
+
+    Recurrent layers, which torch counts as nothing where a fused kernel runs them, multiply by each matrix once a step.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     weights = {prefix: f"{prefix}.weight" if prefix else "weight" for prefix, _ in module.named_modules()}
     known = {name for name, _ in module.named_parameters()}
-    was_training = module.training
+    modes = [(child, child.training) for child in module.modules()]
+    recurrent = {prefix: child for prefix, child in module.named_modules() if isinstance(child, nn.RNNBase)}
+    steps: dict[str, int] = {}
+
+    def watch(prefix: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def seen(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            steps[prefix] = inputs[0].shape[1 if layer.batch_first else 0]
+
+        return seen
+
+    handles = [child.register_forward_pre_hook(watch(prefix)) for prefix, child in recurrent.items()]
     module.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(sample)
-    module.train(was_training)
+    for handle in handles:
+        handle.remove()
+    for child, training in modes:
+        child.training = training
     flops: dict[str, int] = {}
     root = type(module).__name__
     for path, by_operator in counter.get_flop_counts().items():
@@ -50,6 +66,13 @@ def forward_flops(module: nn.Module, sample: Tensor) -> dict[str, int]:
     total = counter.get_total_flops()
     # Products outside a layer with a weight of its own (attention scores, functional calls) are never pruned.
     flops[""] = total - sum(flops.values())
+    for prefix, count in steps.items():
+        counted = counter.get_flop_counts().get(f"{root}.{prefix}" if prefix else root, {})
+        flops[""] -= sum(counted.values())
+        for local, weight in recurrent[prefix].named_parameters(recurse=False):
+            if local.startswith("weight_"):
+                name = f"{prefix}.{local}" if prefix else local
+                flops[name] = 2 * count * weight.numel()
     return flops
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fedray.errors import ConfigError, RunError
 from fedray.track.progress import Progress, summary_lines
 from fedray.track.recording import Recording
-from fedray.track.store import read_manifest, read_rows
+from fedray.track.store import read_clients, read_manifest, read_rows
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +94,8 @@ def execute(assembly: Assembly, folder: Path, *, resume_round: int | None = None
     if status == "interrupted":
         raise Interrupted(f"interrupted; {len(read_rows(folder))} finished rounds are in {folder}")
     rows = read_rows(folder)
-    dense = 4 * num_params(assembly) * spec.cohort * (rows[-1]["round"] if rows else 0)
+    trained = sum("num_examples" in row for row in read_clients(folder))
+    dense = 4 * num_params(assembly) * trained
     progress.summary([*summary_lines(rows, dense_bytes_up=dense, dense_bytes_down=dense), ("folder", str(folder))])
     return Run(folder)
 

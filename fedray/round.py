@@ -163,7 +163,7 @@ class Fit:
 
     received: the message as this client decoded it: the reference for differences.
     local, local_buffers: the tensors that clients keep to themselves, after training; None without any.
-    num_seen: examples that went through a step, each as often as it did.
+    num_seen: examples that a gradient was taken of, each as often as it was.
     loss:     mean training loss over them; NaN after zero steps.
     """
 

@@ -249,8 +249,10 @@ def restrict(a: Tree, mask: Mask | None) -> Tree:
 
 
 def take(a: Tree, names: Iterable[str]) -> Tree:
-    """The tensors of these names, in the order of `a`."""
+    """The tensors of these names, in the order of `a`; `a` itself where that is all of them."""
     layout = a.layout.select(names)
+    if layout == a.layout:
+        return a
     pieces = [a.flat[a.layout.spans[name]] for name in layout.names]
     return Tree(layout, torch.cat(pieces) if pieces else a.flat.new_zeros(0))
 
@@ -259,6 +261,8 @@ def put(a: Tree, b: Tree) -> Tree:
     """`a` with the tensors that `b` has, which are all in `a`, in the place of its own."""
     if a.layout == b.layout:
         return b
+    if not b.layout.names:
+        return a
     flat = a.flat.clone()
     for name in b.layout.names:
         flat[a.layout.spans[name]] = b.flat[b.layout.spans[name]]

@@ -25,12 +25,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 WIRE = (ROOT / "docs" / "wire.md").read_text(encoding="utf-8")
 SETTINGS = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^`(mine/\S+)`\n\n```(?:python|yaml)\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
-SHELL = "\n".join(re.findall(r"^```bash\n(.*?)^```", README + WIRE + SETTINGS, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
-COMMANDS = [
-    shlex.split(line, comments=True)
-    for line in SHELL.splitlines()
-    if re.match(r"\s*python -m fedray ", line)
-]
+SHELL = "\n".join(re.findall(r"^```bash\n(.*?)^```", README + WIRE + SETTINGS, re.MULTILINE | re.DOTALL)).replace(
+    "\\\n", " "
+)
+COMMANDS = [shlex.split(line, comments=True) for line in SHELL.splitlines() if re.match(r"\s*python -m fedray ", line)]
 
 
 @pytest.fixture
@@ -157,7 +155,9 @@ def test_every_wire_is_in_the_readme_and_every_stage_and_convention_on_the_wire_
     assert [name for name in CODER_NAMES if name not in ("none", "known") and f"`{name}`" not in WIRE] == []
 
 
-@pytest.mark.parametrize("group", ["strategy", "correction", "personal", "sampling", "availability", "partition", "data"])
+@pytest.mark.parametrize(
+    "group", ["strategy", "correction", "personal", "sampling", "availability", "partition", "data"]
+)
 def test_docs_settings_names_every_choice_of_a_group(group: str) -> None:
     for path in sorted((Path(conf_folder()) / group).glob("*.yaml")):
         # Data sets of a file are named in one list, without the generic ones that commands show.

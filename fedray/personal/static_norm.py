@@ -17,8 +17,9 @@ class StaticNorm(Policy[None, None]):
     """Static batch normalisation (Diao et al. 2021, HeteroFL, section 3).
 
     Clients normalise by the statistics of their batches and the running ones travel nowhere. Before each evaluation
-    the cohort is sent the new model and answers with the statistics of its data, which the server pools exactly; that
-    exchange is in the ledger as "statistics". The paper asks all clients; here it is the cohort, who pay for it.
+    the cohort is sent the new model and answers with the statistics of its data, which the server pools; that exchange
+    is in the ledger as "statistics". The paper asks all clients; here it is the cohort, who pay for it. A model about
+    which nobody could be asked, because the cohort was empty, is not evaluated.
     """
 
     def check(self, run: RunFacts) -> None:

@@ -33,7 +33,7 @@ class State:
     """Everything that the next round depends on.
 
     totals: of the ledger; records: of clients that have one; downlink: what the server remembers of its downloads.
-    progress: towards the goals; empty at the start.
+    progress: towards the goals; empty at the start. statistics: of batch normalisation in this very model, if known.
     """
 
     run_id: str
@@ -48,6 +48,7 @@ class State:
     simulated_j: float = 0.0
     downlink: Downlink = field(default_factory=Downlink)
     progress: Mapping[str, Any] = field(default_factory=dict)
+    statistics: Tree | None = None
 
 
 def save(folder: Path, state: State) -> Path:
@@ -66,6 +67,7 @@ def save(folder: Path, state: State) -> Path:
         "simulated": [state.simulated_s, state.simulated_j],
         "downlink": _pack(state.downlink.plain(), tensors),
         "progress": dict(state.progress),
+        "statistics": _pack(state.statistics, tensors),
         "totals": dict(state.totals),
         "train_flops": state.train_flops,
         "elapsed_s": state.elapsed_s,
@@ -117,6 +119,7 @@ def load(path: Path) -> State:
             simulated_s=plain["simulated"][0],
             simulated_j=plain["simulated"][1],
             progress=plain["progress"],
+            statistics=_unpack(plain["statistics"], tensors),
             downlink=Downlink.of_plain(_unpack(plain["downlink"], tensors)),
         )
     except Exception as error:

@@ -26,7 +26,7 @@ from fedray.sim.population import Population
 from fedray.sim.spec import RunSpec
 from fedray.sums import Sums, largest_fit
 from fedray.train import Engine, Samples
-from fedray.tree import Mask, Tree
+from fedray.tree import Mask, Tree, take
 from fedray.wire import Codec, Download, Packet, Transfer, Wire
 from fedray.wire.codec import NOTHING, Trees
 from fedray.wire.ledger import Direction
@@ -281,8 +281,10 @@ class Worker:
         send it and to answer. Nothing is remembered, so a mask that a client does not know is sent to it again."""
         broadcast = replace(broadcast, server=replace(broadcast.server, mask=self.intern(broadcast.server.mask)))
         sums, transfers = Sums(), []
+        assert self.local_buffers is not None
+        layout = self.local_buffers.layout
         codec = Codec(
-            {STATISTICS: PartSpec(layout=self.engine.buffers_layout, direction="up", lossy=False, absolute=True)},
+            {STATISTICS: PartSpec(layout=layout, direction="up", lossy=False, absolute=True)},
             self.origin.layout,
             (),
             Wire(),
@@ -291,11 +293,14 @@ class Worker:
             samples, record = self.population.train(client), records.get(client)
             ctx = self._context(broadcast, client, record, samples, STATISTICS)
             whose = f"{who(client, broadcast.round)}, {STATISTICS}"
-            message, down, _ = self._receive_download(broadcast, record or self._new_record(ctx), ctx, whose)
-            found, count = self.engine.statistics(
-                View(params=message["params"], buffers=self.origin_buffers, mask=message.mask), samples
+            record = record or self._new_record(ctx)
+            message, down, _ = self._receive_download(broadcast, record, ctx, whose, only=("params", "buffers"))
+            buffers = message["buffers"] if "buffers" in message else self.origin_buffers
+            view = View(params=message["params"], buffers=buffers, mask=message.mask, local_buffers=self.local_buffers)
+            found, count = self.engine.statistics(view, samples)
+            answer = Message(
+                parts={STATISTICS: Part(value=take(second_moments(found), layout.names), weight=float(count))}
             )
-            answer = Message(parts={STATISTICS: Part(value=second_moments(found), weight=float(count))})
             up = codec.encode(answer, direction="up", known=None, key=ctx.key, leaves=False)
             sums.add(codec.decode(up.payload, direction="up", known=None), who=whose)
             sent = Transfer(round=broadcast.round, client=client, direction="up", sizes=up.sizes)
@@ -401,15 +406,17 @@ class Worker:
         return _Done(up.payload, received, sent_mask, result, new if changed else None)
 
     def _receive_download(
-        self, broadcast: Broadcast, record: Record, ctx: Context, whose: str
+        self, broadcast: Broadcast, record: Record, ctx: Context, whose: str, only: Sequence[str] | None = None
     ) -> tuple[Message, Transfer, float]:
-        """The message as the client decodes it, what it cost, and the seconds of coding."""
+        """The message as the client decodes it, what it cost, and the seconds of coding. only: parts to send."""
         assert ctx.client is not None
         shared, round = broadcast.download, broadcast.round
         message, payloads = Message(), 1
         if shared is None:
             for (name, policy), memory in zip(self.spec.policies, broadcast.memories, strict=True):
                 message = self._hook(name, "send", ctx, policy.send, broadcast.server, message, memory, ctx)
+            if only is not None:
+                message = replace(message, parts={name: p for name, p in message.parts.items() if name in only})
         elif shared.wanted is not None:
             message = shared.wanted
         started = time.perf_counter()
@@ -599,12 +606,17 @@ def keepers(spec: RunSpec) -> list[Policy[Any, Any]]:
     return [policy for _, policy in spec.policies if type(policy).keeps is not Policy.keeps]
 
 
-def kept_names(module: nn.Module, spec: RunSpec) -> frozenset[str]:
-    """Parameters and buffers that never leave clients. Raises ConfigError where nothing is left to share."""
+def kept_names(module: nn.Module, spec: RunSpec, *, but: type | None = None) -> frozenset[str]:
+    """Parameters and buffers that never leave clients, but for those that this kind of policy keeps.
+
+    Raises ConfigError where nothing is left to share.
+    """
     params, buffers = layouts(module)
     by_kind = kinds(module)
     found: frozenset[str] = frozenset()
     for policy in keepers(spec):
+        if but is not None and isinstance(policy, but):
+            continue
         found |= policy.keeps(by_kind, buffers)
     if found >= set(params.names):
         raise ConfigError(
@@ -614,9 +626,8 @@ def kept_names(module: nn.Module, spec: RunSpec) -> frozenset[str]:
 
 
 def has_global_model(module: nn.Module, spec: RunSpec) -> bool:
-    """Whether the server has a model that runs without what clients keep."""
-    kept = kept_names(module, spec)
-    return not kept or recomputes(spec)
+    """Whether the server has a model that runs without what clients keep; statistics can be asked for."""
+    return not kept_names(module, spec, but=StaticNorm)
 
 
 def recomputes(spec: RunSpec) -> bool:

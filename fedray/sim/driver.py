@@ -6,6 +6,7 @@ written when both its evaluation and that training are done. Nothing else reads 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -61,7 +62,8 @@ class RoundRecord:
 class _Open:
     """A round that is settled and not yet recorded.
 
-    extra: transfers beside the training. views: scores of clients' own models, where these differ from the server's.
+    extra: transfers beside the training. statistics: of batch normalisation in its model, where they are recomputed.
+    views: scores of clients' own models, where these differ from the server's.
     memories, downlink, snapshot: of server and clients at its end, if it ends with a checkpoint.
     times: its `time/*` metrics; download_s: seconds of coding its download here. scores: as they come in, by tag.
     """
@@ -73,6 +75,7 @@ class _Open:
     before: Server | None
     wanted: bool
     extra: tuple[Transfer, ...]
+    statistics: Tree | None
     views: Mapping[int, Mapping[str, Mapping[str, float]]] | None
     memories: tuple[Any, ...]
     downlink: Downlink
@@ -105,6 +108,7 @@ class Driver:
         self.each_client = own or population.skew is not None
         # Of batch normalisation, where they are recomputed for each evaluation.
         self.statistics: Tree | None = None
+        self._measured: Tree | None = None  # the parameters that they belong to
         self.sizes = np.diff(population.starts)
         self.flops = self._dense_flops()
         self.activation_bytes = self._activation_bytes()
@@ -118,6 +122,8 @@ class Driver:
         self.memories = state.memories
         self.ledger.total = dict(state.totals)
         self.downlink = state.downlink
+        if state.statistics is not None:
+            self.statistics, self._measured = state.statistics, self.server.params
         if state.progress:
             self.progress = Progress.of_plain(spec.goals, state.progress)
         self.train_flops = state.train_flops
@@ -154,6 +160,10 @@ class Driver:
                 while finished:
                     yield self._record(finished.pop(0))
                 sums, results = self._gather(round, replies, waiting)
+                if waiting is not None:
+                    finished.append(waiting)
+                    waiting = None
+                waiting = self._settle(round, cohort, sums, results)
             except FedrayError:
                 # The rounds before are complete but for an evaluation: a failure now must not lose them.
                 for done in finished:
@@ -161,9 +171,6 @@ class Driver:
                 if waiting is not None:
                     yield self._finish(waiting)
                 raise
-            if waiting is not None:
-                finished.append(waiting)
-            waiting = self._settle(round, cohort, sums, results)
             waiting.download_s = download_s
             now, cpu_now = time.perf_counter(), time.process_time()
             waiting.times = {
@@ -253,6 +260,7 @@ class Driver:
             before if wanted else None,
             wanted,
             extra,
+            self.statistics if self._measured is self.server.params else None,
             self._views(round, cohort) if wanted and self.each_client else None,
             memories=self.memories if saved else (),
             downlink=self.downlink,
@@ -316,13 +324,14 @@ class Driver:
         return every > 0 and (round % every == 0 or round == self.spec.rounds)
 
     def _evaluations(self, waiting: _Open) -> list[EvalWork]:
-        if not waiting.wanted or not self.worker.has_global_model:
+        unknown = recomputes(self.spec) and waiting.statistics is None
+        if not waiting.wanted or not self.worker.has_global_model or unknown:
             return []  # without the tensors that clients keep the server has no model to evaluate
         work = []
         batch = self.spec.evaluation.batch_size
         models = [("after", waiting.server)] + ([("before", waiting.before)] if waiting.before is not None else [])
         for tag, server in models:
-            view = View(params=server.params, buffers=server.buffers, mask=None, local_buffers=self.statistics)
+            view = View(params=server.params, buffers=server.buffers, mask=None, local_buffers=waiting.statistics)
             handle = self.runtime.put(view)
             for start in range(0, self.population.num_test, batch * CHUNK_BATCHES):
                 stop = min(start + batch * CHUNK_BATCHES, self.population.num_test)
@@ -338,7 +347,10 @@ class Driver:
             sums.merge(reply.sums)
             transfers += reply.transfers
         if STATISTICS in sums:
-            self.statistics = from_second_moments(sums.mean(STATISTICS, otherwise=0.0))
+            found = from_second_moments(sums.mean(STATISTICS, otherwise=0.0))
+            self.statistics, self._measured = found, self.server.params
+        elif self._measured is not self.server.params:
+            self.statistics = None  # nobody could be asked about this model: it cannot be evaluated
         return tuple(sorted(transfers, key=lambda transfer: (transfer.client, transfer.direction)))
 
     def _views(self, round: int, cohort: tuple[int, ...]) -> dict[int, Mapping[str, Mapping[str, float]]]:
@@ -388,8 +400,12 @@ class Driver:
                 row[f"client/{name}_p10"] = float(np.percentile(values, 10))
                 row[f"client/{name}_p90"] = float(np.percentile(values, 90))
             accuracies = by_model.get(main, [])
-            self.progress.enter(row)
-        row |= self.progress.metrics()
+        progress = self.progress
+        if waiting.wanted:
+            if row["round"] % self.spec.evaluation.every:
+                progress = copy.deepcopy(progress)  # evaluated only as the last round: a longer run does not see it
+            progress.enter(row)
+        row |= progress.metrics()
         transfers = [entry for transfer in _transfers(waiting) for entry in transfer.rows()]
         return RoundRecord(
             row=row,
@@ -413,7 +429,7 @@ class Driver:
         """The state at the end of a round; records are loaded only when it is asked for."""
         totals, train_flops = dict(self.ledger.total), self.train_flops
         simulated_s, simulated_j = self.simulated_s, self.simulated_j
-        progress = self.progress.plain()
+        progress, statistics = self.progress.plain(), done.statistics
 
         def state() -> State:
             return State(
@@ -429,6 +445,7 @@ class Driver:
                 simulated_j=simulated_j,
                 downlink=done.downlink,
                 progress=progress,
+                statistics=statistics,
             )
 
         return state
@@ -475,16 +492,19 @@ class Driver:
             }
             for result in results
         }
-        return row | self._simulated(results, clients), clients
+        return row | self._simulated(done, clients), clients
 
-    def _simulated(self, results: list[ClientResult], clients: dict[int, dict[str, Any]]) -> dict[str, float]:
+    def _simulated(self, done: _Open, clients: dict[int, dict[str, Any]]) -> dict[str, float]:
         """Time and energy on the clients' imagined hardware and links; nothing where the run names neither."""
         spec = self.spec
         if spec.hardware is None and spec.link is None:
             return {}
         simulated = []
-        for result in results:
-            sent = {transfer.direction: transfer.total_bytes for transfer in result.transfers}
+        for result in done.results:
+            sent = dict.fromkeys(("down", "up"), 0)
+            for transfer in _transfers(done):
+                if transfer.client == result.client:
+                    sent[transfer.direction] += transfer.total_bytes
             row = clients[result.client]
             one = costs.simulate(
                 spec.hardware,

@@ -47,7 +47,7 @@ class Progress:
     def enter(self, row: Mapping[str, Any]) -> None:
         """Take an evaluated round in.
 
-        A metric that is not there, or NaN, reaches nothing and counts as no new best.
+        NaN reaches nothing and is no new best; a round without the metric, as with an empty cohort, does not count.
         """
         goals = self.goals
         value = row.get(goals.metric)
@@ -83,7 +83,7 @@ class Progress:
     def why_stop(self) -> str | None:
         """Why the run ends here; None if it goes on."""
         goals = self.goals
-        if goals.at_targets and len(self.reached) == len(goals.targets):
+        if goals.at_targets and all(target in self.reached for target in goals.targets):
             return f"{goals.metric} has reached {', '.join(f'{target:g}' for target in goals.targets)}"
         if goals.patience is not None and self.since_best >= goals.patience:
             return f"{goals.metric} has not been better than {self.best} in {goals.patience} evaluations"

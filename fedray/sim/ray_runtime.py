@@ -20,7 +20,7 @@ import time
 import traceback
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,13 +178,17 @@ class ClientActor:
         broadcast: Broadcast,
         clients: Sequence[int],
         versions: Sequence[int],
+        gone: Sequence[int],
         *held: tuple[int, Mapping[int, Any]],
     ) -> tuple[Any, tuple[int, Mapping[int, Any]]]:
         """Train clients. versions: the round of each one's committed record, 0 for none.
 
-        held: (version, records by client), for clients whose committed version this process does not have.
+        gone: clients that live elsewhere now. held: (version, records by client), for clients whose committed version
+        this process does not have.
         """
         try:
+            for client in gone:
+                self.records.pop(client, None)
             reply, changed = self.worker.train(broadcast, clients, self._records(clients, versions, held))
             for client, record in changed.items():
                 self.records[client] = (broadcast.round, record)
@@ -296,6 +300,7 @@ class RayRuntime:
         self.homes: dict[int, int] = {}
         self.committed: dict[int, tuple[int, Any]] = {}
         self.held_by: dict[int, int] = {}  # the actor that has a client's committed record in its memory
+        self.moved: dict[int, set[int]] = {}  # clients whose records an actor need not keep any more
         self.deaths: dict[int, int] = {}
         self.losses: list[str] = []  # for the log
         remote = ray.remote(ClientActor)
@@ -353,7 +358,14 @@ class RayRuntime:
         self, question: Question, broadcast: Any, clients: Sequence[tuple[int, float]], *arguments: Any
     ) -> Iterator[Any]:
         """Each client is asked where it lives."""
-        waiting = [replace(call, question=(question, arguments)) for call in self._train_calls(clients)]
+        chunks: dict[int, list[int]] = {}
+        for client, _ in clients:
+            chunks.setdefault(self.homes.get(client, self.plan.home(client)), []).append(client)
+        asked = (question, arguments)
+        waiting = [
+            _Call(cost=float(len(members)), actor=actor, clients=tuple(sorted(members)), question=asked)
+            for actor, members in chunks.items()
+        ]
         work = _Work(broadcast=broadcast, waiting=waiting)
         self._fill(work)
         return self._answers(work)
@@ -440,7 +452,8 @@ class RayRuntime:
         if call.question is not None:
             question, arguments = call.question
             return handle.ask.remote(question, broadcast, call.clients, versions, arguments, *held), None
-        reply, records = handle.train.options(num_returns=2).remote(broadcast, call.clients, versions, *held)
+        gone = tuple(self.moved.pop(actor, set()) - set(call.clients))
+        reply, records = handle.train.options(num_returns=2).remote(broadcast, call.clients, versions, gone, *held)
         return reply, records
 
     def _receive(self, ref: Any, actor: int, records: Any) -> Any:
@@ -453,6 +466,9 @@ class RayRuntime:
         for result in getattr(reply, "results", ()):
             if result.record_changed:
                 self.committed[result.client] = (result.transfers[0].round, records)
+            before = self.held_by.get(result.client, actor)
+            if before != actor:
+                self.moved.setdefault(before, set()).add(result.client)
             self.held_by[result.client] = actor
         return reply
 

@@ -29,6 +29,7 @@ from fedray.tree import Mask, Tree, put, restrict, take
 EngineKind = Literal["auto", "eager", "traced"]
 MOST_RECORDED_LAYERS = 12
 """Above it "auto" does not record: it takes each process up to 20 s, and big operators leave little to save."""
+MASKS_KEPT = 4  # a round shares one
 PROBE_CHUNK = 1000  # samples; bounds the memory of a probe over all of a client's data
 
 
@@ -145,7 +146,10 @@ class Engine:
         self._counters = [(buffer, buffer.clone()) for buffer in others]
         self._masks: dict[bytes, Tensor] = {}
         self._choices: dict[frozenset[str], Tensor] = {}
+        self._whole_masks: dict[bytes, Mask] = {}
         self._step: TracedStep | None = None
+        # A part that the module's constructor left in evaluation mode would not stay so from one call to the next.
+        self.module.train()
         self.kind, self.reason = self._resolve(kind, sample_shape)
 
     def origin(self) -> Whole:
@@ -171,9 +175,13 @@ class Engine:
 
     def whole_mask(self, mask: Mask | None) -> Mask | None:
         """A mask of what the server owns, extended to the whole model: nothing is cut from what clients keep."""
-        if mask is None or not self.kept:
+        if mask is None or mask.layout == self.params_layout:
             return mask
-        return Mask.of(self.params_layout, dict(mask.items()))
+        if mask.digest not in self._whole_masks:
+            if len(self._whole_masks) >= MASKS_KEPT:
+                self._whole_masks.clear()
+            self._whole_masks[mask.digest] = Mask.of(self.params_layout, dict(mask.items()))
+        return self._whole_masks[mask.digest]
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -204,7 +212,7 @@ class Engine:
             num_steps=job.num_steps,
             lr=job.lr,
             loss=float(loss_sum) / seen if seen else float("nan"),
-            num_seen=seen,
+            num_seen=seen * (2 if job.sharpness else 1),
             evidence=evidence,
         )
 
@@ -349,7 +357,7 @@ class Engine:
         """The mask as 0.0 and 1.0 in working order; kept for the last few masks, since a round shares one."""
         found = self._masks.get(mask.digest)
         if found is None:
-            if len(self._masks) >= 4:
+            if len(self._masks) >= MASKS_KEPT:
                 self._masks.clear()
             found = self._masks[mask.digest] = self.arrangement.arranged(mask.flat.float())
         return found
@@ -512,6 +520,8 @@ class _Update:
         if self.mask is not None:
             # Before the moments, so that they too stay zero outside the mask.
             grad.mul_(self.mask)
+        if self.moves is not None:
+            grad.mul_(self.moves)  # what stays still has no part in the norm
         if optim.clip_norm is not None:
             length = torch.linalg.vector_norm(grad)
             grad.mul_(torch.clamp(optim.clip_norm / (length + 1e-6), max=1.0))

@@ -2,14 +2,19 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from laws_support import PRUNERS, SIZES, label, population, run, spec
 
+from fedray.corrections import Scaffold
 from fedray.models.normalisation import pooled, statistics
-from fedray.personal import FedBN, StaticNorm
+from fedray.personal import FedBN, FedPer, StaticNorm
 from fedray.pruners import Magnitude, NoPruning
+from fedray.sim.checkpoint import load, save
 from fedray.sim.client import Worker
+from fedray.sim.driver import Driver
+from fedray.sim.runtime import InlineRuntime
 from fedray.sim.spec import EvalSpec
 from fedray.strategies import FedAvg
 from fedray.tree import equal
@@ -119,3 +124,60 @@ def test_only_evaluated_rounds_are_asked_and_training_does_not_depend_on_it():
     assert every.digests == never.digests
     assert not any(row.get("exchange") for record in never.records for row in record.transfers)
     assert equal(every.servers[-1].params, never.servers[-1].params)
+
+
+EACH = EvalSpec(every=1, clients="cohort", batch_size=20)
+
+
+def resumed(given_, cut, tmp_path):
+    """The rows of a run that is cut off after some rounds and goes on from its checkpoint."""
+    first = run(replace(given_, rounds=cut, checkpoint_every=1), population("batchnorm_cnn"))
+    state = load(save(tmp_path, first.records[-1].state()))
+    worker = Worker(given_, population("batchnorm_cnn"))
+    runtime = InlineRuntime(given_, population("batchnorm_cnn"))
+    rest = Driver(given_, population("batchnorm_cnn"), runtime, worker, state)
+    return first.rows + [record.row for record in rest.rounds()]
+
+
+class Seldom:
+    """Nobody can be reached in some rounds."""
+
+    def __init__(self, empty):
+        self.empty = empty
+
+    def __call__(self, *, round, num_clients, key):
+        return np.full(num_clients, round not in self.empty)
+
+
+def test_statistics_survive_a_resume_also_where_the_next_cohort_is_empty(tmp_path):
+    one = given("static", rounds=4, availability=Seldom((3,)))
+    straight = run(one, population("batchnorm_cnn")).rows
+    for a, b in zip(straight, resumed(one, 2, tmp_path), strict=True):
+        assert (a["digest"], a["test/accuracy"], a["test/loss"]) == (b["digest"], b["test/accuracy"], b["test/loss"])
+
+
+def test_a_model_about_which_nobody_could_be_asked_is_not_evaluated():
+    every_other = replace(EACH, every=2)
+    one = given("static", rounds=4, availability=Seldom((2,)), evaluation=every_other)
+    rows = run(one, population("batchnorm_cnn")).rows
+    assert "test/accuracy" not in rows[1]  # round 1 was not evaluated, and in round 2 nobody was there
+    assert "test/accuracy" in rows[3]
+
+
+def test_a_head_at_the_clients_leaves_no_global_model_whatever_becomes_of_statistics():
+    policies = (FedPer(), StaticNorm(), NoPruning(), FedAvg())
+    row = run(spec(*policies, model="batchnorm_cnn", rounds=2, evaluation=EACH), population("batchnorm_cnn")).rows[-1]
+    assert "test/accuracy" not in row
+    assert "client/global_accuracy_mean" not in row
+    assert "client/accuracy_mean" in row
+
+
+def test_only_the_model_is_sent_when_statistics_are_asked_for():
+    asked = []
+    for corrections in ((), (Scaffold(),)):
+        policies = (StaticNorm(), NoPruning(), FedAvg(), *corrections)
+        ran = run(spec(*policies, model="batchnorm_cnn", rounds=2, evaluation=EACH), population("batchnorm_cnn"))
+        rows = [row for row in ran.records[-1].transfers if row.get("exchange")]
+        asked.append([(row["client"], row["direction"], row["part"], row["value_bytes"]) for row in rows])
+    assert asked[0] == asked[1]
+    assert asked[0]

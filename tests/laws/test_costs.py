@@ -302,3 +302,14 @@ def test_profiles_keep_the_rule_that_they_state(name, peak, watts):
     assert numbers["joules_per_flop"] == pytest.approx(watts / numbers["flops_per_s"], rel=0.01)
     assert numbers["joules_per_byte_up"] == pytest.approx(8 * 283.17e-9, rel=0.01)
     assert numbers["joules_per_byte_down"] == pytest.approx(8 * 137.01e-9, rel=0.01)
+
+
+def test_flops_of_a_recurrent_layer_are_its_matrices_once_a_step():
+    from fedray.models import CharLSTM
+
+    module = CharLSTM(shape=(9,), vocabulary=11, embedding=4, hidden=6, layers=2)
+    flops = costs.forward_flops(module, torch.zeros(1, 9, dtype=torch.int64))
+    matrices = {name: w.numel() for name, w in module.named_parameters() if w.dim() == 2 and "embed" not in name}
+    assert len([name for name in matrices if "weight_" in name]) == 4
+    assert {name: flops[name] for name in matrices} == {name: 2 * 9 * count for name, count in matrices.items()}
+    assert sum(flops.values()) == 2 * 9 * sum(matrices.values())

@@ -6,8 +6,12 @@ from dataclasses import replace
 import pytest
 from laws_support import population, run, spec
 
+from fedray.errors import RunError
 from fedray.pruners import NoPruning
+from fedray.round import Policy
 from fedray.sim.checkpoint import State, load, save
+from fedray.sim.client import Worker
+from fedray.sim.driver import Driver
 from fedray.sim.goals import Goals, Progress
 from fedray.sim.runtime import InlineRuntime
 from fedray.sim.spec import EvalSpec
@@ -88,9 +92,6 @@ def test_patience_ends_a_run_that_stands_still():
 
 
 def test_patience_goes_on_counting_after_a_resume(tmp_path):
-    from fedray.sim.client import Worker
-    from fedray.sim.driver import Driver
-
     given = replace(
         spec(NoPruning(), FedAvg(), rounds=12, lr=1e-12, evaluation=EACH), goals=Goals(patience=5), checkpoint_every=1
     )
@@ -111,3 +112,39 @@ def test_losses_errors_and_perplexities_get_better_as_they_fall(metric):
     assert not Goals(metric=metric).rising
     assert Goals(metric="test/accuracy").rising
     assert Goals(metric="client/accuracy_p10").rising
+
+
+def test_an_evaluation_that_is_there_only_because_the_run_ends_does_not_count_in_a_longer_one(tmp_path):
+    facts = {"rounds": 14, "lr": 1e-12, "evaluation": replace(EACH, every=2)}
+    given = replace(spec(NoPruning(), FedAvg(), **facts), goals=Goals(patience=3), checkpoint_every=1)
+    straight = run(given, population())
+    cut = run(replace(given, rounds=3), population())
+    assert "test/accuracy" in cut.rows[-1]
+    state = load(save(tmp_path, cut.records[-1].state()))
+    driver = Driver(given, population(), InlineRuntime(given, population()), Worker(given, population()), state)
+    assert cut.digests + [record.row["digest"] for record in driver.rounds()] == straight.digests
+
+
+def test_a_target_named_twice_is_reached_once():
+    assert after(Goals(targets=(0.5, 0.5), at_targets=True), 0.6).why_stop is not None
+
+
+class Failing(Policy):
+    """Cannot settle round 3."""
+
+    def settle(self, server, sums, memory, ctx):
+        if ctx.round == 3:
+            raise ValueError("as a test")
+        return server, sums, memory
+
+
+def test_a_round_that_is_finished_is_not_lost_when_the_next_cannot_be_settled():
+    given = replace(GIVEN, policies=(*GIVEN.policies, ("failing", Failing())))
+    driver = Driver(given, population(), InlineRuntime(given, population()), Worker(given, population()))
+    rows, rounds = [], driver.rounds()
+    rows.append(next(rounds).row)
+    rows.append(next(rounds).row)
+    with pytest.raises(RunError, match="as a test"):
+        next(rounds)
+    assert [row["round"] for row in rows] == [1, 2]
+    assert all("test/accuracy" in row for row in rows)

@@ -288,3 +288,27 @@ def test_constants_are_no_parameters():
     done = fit(mine, job(mine, num_steps=5, optim=Optim(weight_decay=0.1)), samples())
     assert torch.equal(mine.module.body.weight, before)
     assert not equal(done.params, mine.origin().params)
+
+
+def test_a_part_that_the_constructor_put_into_evaluation_mode_behaves_alike_before_and_after_an_evaluation():
+    def build():
+        return nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.5).eval(), nn.Linear(5, 3))
+
+    mine = engine(made=(Task(build=build), (6,)))
+    given = job(mine, num_steps=3)
+    before = fit(mine, given, samples()).params
+    mine.evaluate(view(given.params, given.buffers), samples())
+    assert equal(fit(mine, given, samples()).params, before)
+
+
+def test_what_stays_still_has_no_part_in_the_norm_that_is_clipped():
+    mine = engine()
+    names = frozenset(mine.params_layout.names[-2:])
+    given = job(mine, num_steps=1, batch_size=11, lr=1.0, trains=names, optim=Optim(clip_norm=0.01))
+    done = fit(mine, given, samples()).params
+    assert float((done.flat - given.params.flat).norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_sharpness_takes_two_gradients_of_every_example():
+    mine = engine()
+    assert [fit(mine, job(mine, num_steps=3, sharpness=s), samples()).num_seen for s in (0.0, 0.1)] == [11, 22]

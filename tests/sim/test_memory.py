@@ -39,7 +39,7 @@ COMMON = [
     "trainer.epochs=null",
     "trainer.steps=3",
     "eval.batch_size=100",
-        "checkpoint.every=0",
+    "checkpoint.every=0",
     "tracker.progress=none",
     "tracker.wandb.mode=disabled",
 ]

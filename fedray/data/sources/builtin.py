@@ -24,9 +24,7 @@ _LEAST_SAMPLES = 50
 _MNIST = ((0.1307,), (0.3081,))
 
 
-def digits(
-    *, path: str | None = None, test_fraction: float = 0.2, size: int | None = None, margin: int = 0
-) -> Dataset:
+def digits(*, path: str | None = None, test_fraction: float = 0.2, size: int | None = None, margin: int = 0) -> Dataset:
     """scikit-learn's digits: 1,797 images, uint8 in [0, 16], shape (1, 8, 8), 10 classes, bright strokes on black.
 
     test_fraction: share held out as the global test set, equal in all classes; which samples is fixed for all seeds.
@@ -44,8 +42,8 @@ def digits(
     fraction = check_fraction(test_fraction)
     if margin < 0 or (margin and (size is None or 2 * margin >= size)):
         raise ConfigError(
-            f"data.margin is {margin!r}; it is a number of pixels below half of data.size, which is {size!r}: lower it, "
-            "or set data.size=28"
+            f"data.margin is {margin!r}; it is a number of pixels below half of data.size, which is {size!r}: lower "
+            "it, or set data.size=28"
         )
     try:
         from sklearn.datasets import load_digits
