@@ -45,6 +45,7 @@ from fedray.round import FieldError, Optim, Policy
 from fedray.sim.client import codec_of, has_global_model
 from fedray.sim.goals import Goals
 from fedray.sim.population import Population
+from fedray.sim.sampling import BySize
 from fedray.sim.spec import EvalSpec, RunSpec, TrainerSpec
 from fedray.track.wandb import WandbConfig
 from fedray.train import LearningRate
@@ -276,6 +277,8 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None, choices: Mappin
         spec = replace(spec, initial_mask=found)
     run_id = _run_id(config, dataset)
     warnings = [f"{name}: {text}" for name, policy in policies for text in policy.warns(facts)]
+    if isinstance(spec.sampler, BySize) and config["strategy"].get("weight_by") == "examples":
+        warnings.append("sampling: by_size and strategy.weight_by=examples count sizes twice; set it to uniform")
     about = {
         "run_id": run_id,
         "name": spec.name,

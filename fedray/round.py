@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
+import torch
+
 from fedray.errors import ConfigError
 from fedray.keys import Key
 from fedray.sums import Sums
@@ -110,12 +112,17 @@ class Optim:
         return way
 
 
+ABSENT_SHIFT = 100.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Loss:
     """The task's loss, or a variant of its cross-entropy.
 
     smoothing:   label smoothing in [0, 1): the target is (1 - s) * one-hot + s / num_classes.
-    logit_shift: subtracted from the logits before the softmax, one per class; None for zeros.
+    logit_shift: subtracted from the logits before the softmax, one per class; None for zeros. A class with
+                 ABSENT_SHIFT or more takes no part: e^-100 is nothing beside any class that is there, and smoothing
+                 leaves it out.
     """
 
     smoothing: float = 0.0
@@ -183,6 +190,16 @@ class Fit:
     def cut(self, mask: Mask) -> Fit:
         """This fit under another mask, with zeros outside it."""
         return replace(self, params=restrict(self.params, mask), mask=mask)
+
+    def without_restarts(self, tree: Tree) -> Tree:
+        """`tree` with zeros where a weight was cut and grew back after training: its way to zero was no step.
+
+        Training leaves no kept weight at exactly zero.
+        """
+        if self.mask is None:
+            return tree
+        restarted = (self.params.flat == 0) & (self.received["params"].flat != 0)
+        return restrict(Tree(tree.layout, torch.where(restarted, 0.0, tree.flat)), self.mask)
 
 
 @dataclass(frozen=True, kw_only=True)

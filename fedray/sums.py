@@ -225,6 +225,14 @@ class Sums:
             return total.support if total.support is not None else Mask.full(total.layout)
         return Mask(total.layout, torch.from_numpy(total.weight.sum(axis=0) > 0))
 
+    def weight(self, name: str) -> torch.Tensor:
+        """The summed weight of those who vouched, by coordinate, float32 (n,)."""
+        total = self._totals[name]
+        if not total.common:
+            return torch.from_numpy(total.weight.sum(axis=0)).float()
+        weight = torch.full((total.layout.size,), float(total.weight.sum()))
+        return weight if total.support is None else torch.where(total.support.flat, weight, 0.0)
+
     def mean(self, name: str, *, otherwise: Tree | float) -> Tree:
         """The weighted mean per coordinate, float32; `otherwise` where nobody vouched.
 

@@ -7,11 +7,7 @@ from dataclasses import dataclass, replace
 from typing import final
 
 from fedray.errors import ConfigError
-from fedray.round import Context, Job, Message, Policy, RunFacts, refuse
-
-ABSENT = 1e-8
-"""What a class without examples counts as: its shift is 100 tau, and e^-100 is nothing beside any class that is there.
-The limit of the paper's formula is infinite, and an infinite logit makes NaN of a smoothed target."""
+from fedray.round import ABSENT_SHIFT, Context, Job, Message, Policy, RunFacts, refuse
 
 
 @final
@@ -19,9 +15,9 @@ The limit of the paper's formula is infinite, and an infinite logit makes NaN of
 class FedLC(Policy[None, None]):
     """Logits calibration (Zhang et al. 2022, equation 7): the local loss is the cross-entropy of f_c - tau n_c^(-1/4).
 
-    n_c is the client's number of examples of class c. A class that it does not have takes no part in its softmax:
-    such a class counts as 1e-8 of an example here. In training alone: evaluation takes the logits as they are. At tau
-    0 this is the strategy alone; the shift adds to what is there.
+    n_c is the client's number of examples of class c. A class that it does not have takes no part in its softmax, for
+    which a shift of 100 stands here: the formula's limit is infinite. In training alone: evaluation takes the logits as
+    they are. At tau 0 this is the strategy alone; the shift adds to what is there.
 
     tau: strength of the calibration, at least 0. The paper tunes it.
     """
@@ -42,7 +38,8 @@ class FedLC(Policy[None, None]):
         if self.tau == 0.0:
             return message, job, memory
         assert ctx.client is not None
-        shift = tuple(self.tau * max(count, ABSENT) ** -0.25 for count in ctx.client.label_counts)
+        counts = ctx.client.label_counts
+        shift = tuple(self.tau * count**-0.25 if count else ABSENT_SHIFT for count in counts)
         there = job.loss.logit_shift
         if there is not None:
             shift = tuple(a + b for a, b in zip(there, shift, strict=True))

@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import final
 
-from fedray.round import Context, Job, Message, Policy, refuse
+from fedray.errors import ConfigError
+from fedray.round import Context, Job, Message, Policy, RunFacts, refuse
+from fedray.tree import Layout
 
 
 @final
@@ -23,6 +25,14 @@ class FedProx(Policy[None, None]):
 
     def __post_init__(self) -> None:
         refuse(not 0.0 <= self.mu < math.inf, "mu", self.mu, "it must be 0 or more; 0 switches the pull off")
+
+    def check(self, run: RunFacts) -> None:
+        none = Layout((), ())
+        if self.mu and not any("delta" in policy.parts(none, none) for _, policy in run.policies):
+            raise ConfigError(
+                f"correction.fedprox.mu is {self.mu:g}; the pull acts on clients that take local steps, and this "
+                "strategy takes one gradient where it is zero: set strategy=fedavg, or correction=none"
+            )
 
     def begin(self, message: Message, job: Job, memory: None, ctx: Context) -> tuple[Message, Job, None]:
         return message, replace(job, prox=job.prox + self.mu), memory

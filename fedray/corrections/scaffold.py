@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import final
 
-import torch
-
 from fedray import tree
 from fedray.errors import ConfigError
 from fedray.round import Context, Fit, Job, Message, Part, PartSpec, Policy, RunFacts, Server
@@ -81,11 +79,7 @@ class Scaffold(Policy[Tree, Tree | None]):
         steps = ctx.job.optim.effective_steps(fit.num_steps, lr=fit.lr)
         way = tree.scale(tree.sub(start, fit.params), 1.0 / (steps * fit.lr))
         new = tree.add(tree.sub(mine, control), way)
-        if fit.mask is not None:
-            # Training leaves no kept weight at exactly zero: this one was cut and grew back, which is no step.
-            restarted = (fit.params.flat == 0) & (start.flat != 0)
-            new = restrict(Tree(new.layout, torch.where(restarted, 0.0, new.flat)), fit.mask)
-        new = restrict(new, mask)  # also where a client trained beyond it
+        new = restrict(fit.without_restarts(new), mask)  # also where a client trained beyond it
         # Everybody vouches for what everybody was sent, also where a client has dropped it: its control is zero there.
         return fit, message.put("control_change", Part(value=tree.sub(new, mine), support=mask)), new
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedray.errors import ConfigError
 from fedray.keys import Key
-from fedray.round import Loss
+from fedray.round import ABSENT_SHIFT, Loss
 from fedray.tree import Layout, Tree
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
@@ -182,9 +182,17 @@ class NextToken:
 
 
 def _cross_entropy(outputs: Tensor, targets: Tensor, loss: Loss) -> Tensor:
-    if loss.logit_shift is not None:
-        outputs = outputs - outputs.new_tensor(loss.logit_shift)
-    return F.cross_entropy(outputs, targets, label_smoothing=loss.smoothing)
+    if loss.logit_shift is None:
+        return F.cross_entropy(outputs, targets, label_smoothing=loss.smoothing)
+    shift = outputs.new_tensor(loss.logit_shift)
+    logs = F.log_softmax(outputs - shift, 1)
+    hit = F.nll_loss(logs, targets)
+    if not loss.smoothing:
+        return hit
+    # Over the classes that take part alone: a share for one that is not there would pull its logit without end.
+    present = shift < ABSENT_SHIFT
+    spread = -torch.where(present, logs, 0.0).sum(1).mean() / present.sum().clamp(min=1)
+    return (1 - loss.smoothing) * hit + loss.smoothing * spread
 
 
 OBJECTIVES: Mapping[str, Objective] = {kind.name: kind() for kind in (Classification, Regression, NextToken)}

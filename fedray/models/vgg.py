@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from fedray.models.cnn import image_shape
@@ -14,7 +16,8 @@ class VGG11(nn.Module):
     """VGG-11 with two hidden layers of 512 units: 9,750,922 parameters on 3x32x32 with ten classes and norm "none".
 
     Simonyan & Zisserman 2015, configuration A, in the CIFAR variant that FedNova (Wang et al. 2020) trains:
-    convolutions with biases and no normalisation, dropout before both hidden layers.
+    convolutions with biases and no normalisation, dropout before both hidden layers. Without norms the convolutions
+    start with a deviation of sqrt(2 / (9 * out_channels)) and zero biases (He et al. 2015, equation 14).
     norm: none | batch | group, after every convolution. groups: at most so many, see `normalisation.group_count`.
     dropout: the probability of a zero in training, 0 for none.
     """
@@ -45,6 +48,13 @@ class VGG11(nn.Module):
             nn.ReLU(),
             nn.Linear(512, num_classes),
         )
+
+        if norm == "none":
+            # By the default initialisation eleven layers without norms let hardly any signal through.
+            for layer in self.features:
+                if isinstance(layer, nn.Conv2d):
+                    nn.init.normal_(layer.weight, std=math.sqrt(2 / (9 * layer.out_channels)))
+                    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).flatten(1))  # type: ignore[no-any-return]

@@ -18,9 +18,9 @@ class FedRep(KeepsTensors, Policy[None, Kept | None]):
     """Shared representations (Collins et al. 2021, algorithm 1).
 
     In each round a client trains its head for `head_epochs` with the received body fixed, then the body with the head
-    fixed for as long as the trainer says (one epoch in the paper, trainer.epochs=1). Corrections of the body's steps
-    (a pull, a drift) play no part in the first phase. Statistics of batches are those of the second. Tensors that
-    another policy keeps count as head: they are trained in the first phase.
+    fixed for as long as the trainer says (one epoch in the paper, trainer.epochs=1). Corrections of the body's steps (a
+    pull, a drift) play no part in the first phase; those of the loss and of its sharpness do. Statistics of batches are
+    those of the second. Tensors that another policy keeps count as head: they are trained in the first phase.
 
     layers:      how many of the last layers with a weight matrix are the head, with all that follows. At least 1.
     names:       patterns of the parameters to take instead, such as ["fc2.*"]; None for `layers`.

@@ -108,7 +108,7 @@ class Population:
         if self.held_starts is None:
             return None
         index = self._of("held_rows", self.held_starts, client)
-        return self._view("train", index, client) if len(index) else None
+        return self._view("train", index, client, whose="held") if len(index) else None
 
     def test(self, start: int, stop: int) -> Samples:
         """A stretch of the global test set."""
@@ -122,13 +122,19 @@ class Population:
         return self._tensors[rows][int(starts[client]) : int(starts[client + 1])]
 
     def _view(
-        self, split: str, index: torch.Tensor, client: int | None = None, augment: Augmented | None = None
+        self,
+        split: str,
+        index: torch.Tensor,
+        client: int | None = None,
+        augment: Augmented | None = None,
+        whose: str | None = None,
     ) -> Samples:
+        """whose: what tells the skew of these samples from that of others in the same arrays; the split by default."""
         tensors = self._tensors
         skew = None
         if self.skew is not None and client is not None:
             assert self.key is not None
-            key = self.key.fold("skew", split, client)
+            key = self.key.fold("skew", whose or split, client)
             skew = partial(_skewed, self.skew, size=len(index), client=client, num_clients=self.num_clients, key=key)
         return Samples(
             tensors[f"{split}_x"],

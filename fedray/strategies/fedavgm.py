@@ -29,7 +29,7 @@ class FedAvgM(SendsDifferences[Momentum | None, None], Policy[Momentum | None, N
     nobody vouches, value and momentum stay.
 
     lr:        the server's rate. Above 0.
-    momentum:  in [0, 1). nesterov: whether the step looks ahead along it.
+    momentum:  in [0, 1). nesterov: whether the step looks ahead along it, as the paper's does.
     weight_by: "examples" weights a client by its number of examples, "uniform" counts each client once.
     """
 

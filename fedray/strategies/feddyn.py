@@ -25,8 +25,10 @@ class FedDyn(SendsDifferences[Tree | None, Tree | None], Policy[Tree | None, Tre
     being all clients, and moves to the mean of the w_k minus h / alpha. Both start at zero. Clients count once each:
     the optimum is that of the plain mean of their losses.
 
-    Under masks, which the paper does not have: g_k and h live on the mask and start at zero on what grows; where
-    nobody vouches, value and h stay. h follows what the server decoded, g_k what the client sent from.
+    Under masks, which the paper does not have: g_k and h live on the mask and start at zero on what grows, also on a
+    weight that was dropped and grew back in one round; where nobody vouches, value and h stay. A client that was away
+    while a weight left and returned does not know it, and keeps its g_k there. h follows what the server decoded, g_k
+    what the client sent from.
 
     alpha: strength of the regulariser; above 0. The paper uses 0.1, 0.01 and 0.001.
     lr:    the server's rate on its move; 1.0 is the paper's. Above 0.
@@ -63,12 +65,12 @@ class FedDyn(SendsDifferences[Tree | None, Tree | None], Policy[Tree | None, Tre
         if fit.num_steps == 0:
             return fit, message, memory
         before = Tree.zeros(delta.layout) if memory is None else restrict(restrict(memory, fit.received.mask), fit.mask)
-        return fit, message, tree.add(before, delta, -self.alpha)
+        return fit, message, fit.without_restarts(tree.add(before, delta, -self.alpha))
 
     def step(self, server: Server, sums: Sums, memory: Tree | None, ctx: Context) -> tuple[Tree, Tree | None]:
         mean, support = sums.mean("delta", otherwise=0.0), sums.support("delta")
-        share = sums.count("delta") / ctx.num_clients
         before = Tree.zeros(mean.layout) if memory is None else restrict(memory, server.mask)
-        h = tree.add(before, mean, -self.alpha * share)
+        total = Tree(mean.layout, mean.flat * sums.weight("delta"))  # votes are 1 each: the sum over who vouches
+        h = tree.add(before, total, -self.alpha / ctx.num_clients)
         move = tree.add(mean, h, -1.0 / self.alpha)
         return where(support, tree.add(server.params, move, self.lr * ctx.server_lr), server.params), h

@@ -32,6 +32,7 @@ class FedNova(SendsDifferences[None, Local | None], Policy[None, Local | None]):
     moves by (mean of a_i) times (mean of what was sent), both with the same weights. a_i = |a_i|_1 of the paper
     (section 4): the local steps for plain SGD, [t - r (1 - r^t) / (1 - r)] / (1 - r) with momentum r after t steps,
     [1 - (1 - lr mu)^t] / (lr mu) with a pull of mu; for both at once, and for nesterov momentum, the same recursion.
+    (Flower's port moves the server by the mean number of steps where there is a pull; here it is the mean of a_i.)
     Where all a_i are equal this is FedAvg. A client that took no step has no direction, and sends nothing.
 
     lr:        the server's rate. Above 0.

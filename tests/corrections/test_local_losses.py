@@ -10,8 +10,9 @@ from quadratics import context, draw, facts
 
 from fedray.corrections import FedLC, FedProx, FedSAM, LabelSmoothing, Scaffold
 from fedray.errors import ConfigError
+from fedray.models.task import Classification
 from fedray.pruners import NoPruning, Random
-from fedray.round import FieldError, Job, Loss, Message, Optim, Part
+from fedray.round import ABSENT_SHIFT, FieldError, Job, Loss, Message, Optim, Part
 from fedray.sim.client import Worker
 from fedray.strategies import FedAvg, FedSGD
 from fedray.tree import Tree, equal
@@ -115,11 +116,26 @@ def test_a_climb_takes_the_statistics_of_batches_where_the_model_is():
 def test_calibration_bounds_the_shift_of_classes_that_a_client_does_not_have():
     ctx = replace(context(), client=replace(context(client=0).client, label_counts=(16, 0, 1)))
     shift = FedLC(tau=0.5).begin(Message(), _job(), None, ctx)[1].loss.logit_shift
-    assert shift == pytest.approx((0.25, 50.0, 0.5))
+    assert shift == pytest.approx((0.25, 100.0, 0.5))
     logits = torch.zeros(1, 3, requires_grad=True)
     F.cross_entropy(logits - torch.tensor(shift), torch.tensor([0])).backward()
     assert abs(float(logits.grad[0, 1])) < 1e-20
-    assert torch.isfinite(F.cross_entropy(logits - torch.tensor(shift), torch.tensor([0]), label_smoothing=0.1))
+
+
+def test_smoothing_leaves_out_the_classes_that_a_client_does_not_have():
+    loss = Loss(smoothing=0.1, logit_shift=(0.5, ABSENT_SHIFT, 0.25, ABSENT_SHIFT))
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    targets = torch.tensor([0, 2, 2, 0, 2, 0])
+    value = Classification().loss(logits, targets, loss)
+    value.backward()
+    grad, logits = logits.grad, logits.detach()
+    there = logits[:, [0, 2]] - torch.tensor([0.5, 0.25])
+    wanted = F.cross_entropy(there, targets // 2, label_smoothing=0.1)
+    assert float(value.detach()) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(grad[:, [1, 3]].abs().max()) < 1e-20
+    plain = Loss(smoothing=0.1, logit_shift=(0.5, 0.0, 0.25, 1.0))
+    shifted = F.cross_entropy(logits - torch.tensor(plain.logit_shift), targets, label_smoothing=0.1)
+    assert float(Classification().loss(logits, targets, plain)) == pytest.approx(float(shifted), rel=1e-5)
 
 
 def _job(**changes):

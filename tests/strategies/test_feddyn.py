@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from quadratics import Federation, draw, facts, some
+from quadratics import LAYOUT, NOTHING, Federation, context, draw, facts, some, sums_of
 
 from fedray.errors import ConfigError
-from fedray.round import Message, Server
+from fedray.round import Fit, Message, Part, Server
 from fedray.strategies import FedAvg, FedDyn
-from fedray.tree import equal
+from fedray.tree import Mask, Tree, equal
 
 BENDS, STEPS = (0.5, 1.0, 4.0), (150, 150, 150)
 SAMPLED = ((0, 1), (1, 2), (2, 0), (1,))
@@ -97,3 +97,34 @@ def test_feddyn_refuses_an_adaptive_optimiser():
     FedDyn().check(facts(FedDyn(), momentum=0.9))
     with pytest.raises(ConfigError, match=r"trainer.optimizer is 'adamw'; strategy feddyn adds a constant"):
         FedDyn().check(facts(FedDyn(), name="adamw"))
+
+
+def test_h_counts_for_each_coordinate_the_clients_that_vouch_for_it():
+    """Algorithm 1 sums what was sent: a coordinate that one of four sends moves h by a quarter of its difference."""
+    policy, ctx = FedDyn(alpha=0.1), context(num_clients=4)
+    server, memory = policy.init_server(Server(params=draw("origin"), buffers=Tree.zeros(NOTHING)), ctx)
+    one = Tree(LAYOUT, torch.ones(LAYOUT.size))
+    first = Mask(LAYOUT, torch.arange(LAYOUT.size) < 5)
+    sums = sums_of(one, one, one, one, supports=[None, first, first, first])
+    _, _, h = policy.settle(server, sums, memory, ctx)
+    assert torch.allclose(h.flat, torch.where(first.flat, -0.1, -0.025))
+
+
+def test_a_weight_that_was_cut_and_grew_back_in_one_round_starts_at_zero():
+    policy, ctx, start = FedDyn(alpha=0.5), context(client=0), draw("origin")
+    mask = Mask.full(LAYOUT)
+    after = Tree(LAYOUT, torch.where(torch.arange(LAYOUT.size) < 4, 0.0, start.flat + 1.0))
+    received = Message(parts={"params": Part(value=start)}, mask=mask)
+    fit = Fit(
+        received=received,
+        params=after,
+        buffers=Tree.zeros(NOTHING),
+        mask=mask,
+        num_examples=9,
+        num_steps=3,
+        lr=0.1,
+        loss=0.0,
+    )
+    memory = policy.end(fit, Message(), None, ctx)[2]
+    assert memory.flat[:4].tolist() == [0.0] * 4
+    assert torch.allclose(memory.flat[4:], torch.full((LAYOUT.size - 4,), -0.5), atol=1e-5)
