@@ -1,8 +1,9 @@
 """Feature skew: every client sees its samples in its own way.
 
 A skew is a value called with a batch as the model sees it, that is normalised. It is pure: what becomes of a sample
-depends on the client, the sample's place among the client's samples and the key, not on the batch that it is in. Give
-training and test samples keys of their own, as their places coincide.
+depends on the client, the sample's place among the client's samples and the key, not on the batch that it is in.
+What belongs to a client is the same for all its samples; what belongs to a sample also depends on `kind`, which tells
+training, held-out and test samples apart, as their places coincide.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ _GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111
 class Skew(Protocol):
     """Changes the samples of a client; returns new ones of the same shape and leaves `x` as it is."""
 
-    def __call__(self, x: Tensor, *, positions: Tensor, size: int, client: int, num_clients: int, key: Key) -> Tensor:
+    def __call__(
+        self, x: Tensor, *, positions: Tensor, size: int, client: int, num_clients: int, key: Key, kind: str = "train"
+    ) -> Tensor:
         """
         x:         float32 (batch, *shape), normalised.
         positions: int64 (batch,), the place of each among the client's samples, from 0 to size - 1.
-        client:    from 0 to num_clients - 1.
+        client:    from 0 to num_clients - 1. kind: "train", "held" or "test".
         """
         ...
 
@@ -68,10 +71,11 @@ class Noise:
         client: int,
         num_clients: int,
         key: Key,
+        kind: str = "train",
     ) -> Tensor:
         if self.std == 0:
             return x.clone()
-        values = _normal(positions, math.prod(x.shape[1:]), key.fold("noise", client)).view_as(x)
+        values = _normal(positions, math.prod(x.shape[1:]), key.fold("noise", client, kind)).view_as(x)
         return torch.add(x, values, alpha=self.std * (client + 1) / num_clients)
 
 
@@ -115,6 +119,7 @@ class Rotation:
         client: int,
         num_clients: int,
         key: Key,  # noqa: ARG002
+        kind: str = "train",  # noqa: ARG002
     ) -> Tensor:
         degrees = self.angle(client, num_clients)
         turns, rest = divmod(degrees, 90.0)
@@ -171,6 +176,7 @@ class Affine:
         client: int,
         num_clients: int,  # noqa: ARG002
         key: Key,
+        kind: str = "train",  # noqa: ARG002
     ) -> Tensor:
         slant, magnification, contrast, inverts = self.hand(client, key)
         if inverts:

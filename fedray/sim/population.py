@@ -31,7 +31,7 @@ class Population:
     vocabulary:       how many tokens there are, if samples are tokens.
     held_rows, held_starts: likewise for what is set apart of its training data for gates; None for nothing.
     skew:             what clients' circumstances make of their samples, called as
-                      skew(x, positions=, size=, client=, num_clients=, key=); None for nothing.
+                      skew(x, positions=, size=, client=, num_clients=, key=, kind=); None for nothing.
     augment:          random changes of training inputs, called as augment(x, generator); None for none.
     key:              what the skew draws from.
     """
@@ -129,13 +129,20 @@ class Population:
         augment: Augmented | None = None,
         whose: str | None = None,
     ) -> Samples:
-        """whose: what tells the skew of these samples from that of others in the same arrays; the split by default."""
+        """whose: what tells the noise of these samples from that of others in the same arrays; the split by default."""
         tensors = self._tensors
         skew = None
         if self.skew is not None and client is not None:
             assert self.key is not None
-            key = self.key.fold("skew", whose or split, client)
-            skew = partial(_skewed, self.skew, size=len(index), client=client, num_clients=self.num_clients, key=key)
+            skew = partial(
+                _skewed,
+                self.skew,
+                size=len(index),
+                client=client,
+                num_clients=self.num_clients,
+                key=self.key.fold("skew"),
+                kind=whose or split,
+            )
         return Samples(
             tensors[f"{split}_x"],
             tensors[f"{split}_y"],

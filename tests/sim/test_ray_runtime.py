@@ -89,6 +89,29 @@ def test_packing_does_not_change_a_bit(cluster: None, inline: fedray.Run, tmp_pa
     assert read_transfers(run.folder) == read_transfers(inline.folder)
 
 
+def test_clients_own_models_and_statistics_are_the_same_wherever_they_live(cluster: None, tmp_path: Path) -> None:
+    cell = [
+        *(o for o in PLAIN if not o.startswith(("model", "num_clients", "cohort"))),
+        "num_clients=6",
+        "cohort=3",
+        "eval.clients=all",
+        "model=batchnorm_cnn",
+        "model.width=4",
+        "batch_norm=static",
+        "personal=ditto",
+        "correction=scaffold",
+        "availability=dropout",
+    ]
+    one = fedray.run([*cell, "runtime=inline"], folder=tmp_path / "inline")
+    two = fedray.run([*cell, "runtime.clients_per_actor=2"], folder=tmp_path / "ray")
+    assert digests(one) == digests(two)
+    names = ("test/accuracy", "test/loss", "client/accuracy_mean", "client/global_accuracy_p10", "wire/total_bytes")
+    for a, b in zip(one.rows, two.rows, strict=True):
+        assert [a.get(name) for name in names] == [b.get(name) for name in names]
+    assert one.final["client/accuracy_mean"] != one.final["client/global_accuracy_mean"]
+    assert read_transfers(one.folder) == read_transfers(two.folder)
+
+
 def test_every_client_is_an_actor_of_its_own_and_gives_the_same_bits(
     cluster: None, inline: fedray.Run, tmp_path: Path
 ) -> None:
