@@ -215,9 +215,10 @@ def _job(cfg: DictConfig) -> None:
                 if "hydra" in child.relative_to(folder).parts:
                     child.rmdir() if child.is_dir() else child.unlink()
             folder.rmdir()
-            if folder.parent.parent == Path.cwd() / "outputs":  # ours by default; nobody else's folders
-                folder.parent.rmdir()  # only if nothing else is in it
-                folder.parent.parent.rmdir()
+            for above in folder.parents:  # ours by default; nobody else's folders
+                if not above.is_relative_to(Path.cwd() / "outputs"):
+                    break
+                above.rmdir()  # only if nothing else is in it
         raise
 
 

@@ -14,6 +14,7 @@ import inspect
 import json
 import logging
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,7 @@ from fedray.data.views import carve_validation, local_tests
 from fedray.errors import ConfigError
 from fedray.keys import Key
 from fedray.models import Scope, Task, pretrained
-from fedray.models.normalisation import group_normed
+from fedray.models.normalisation import NO_BATCH_NORM, group_normed, norm_layers
 from fedray.models.task import OBJECTIVES, kinds, prunable_names, trainable
 from fedray.personal import FedBN, StaticNorm
 from fedray.round import FieldError, Optim, Policy
@@ -239,8 +240,8 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None, choices: Mappin
         trainer=_trainer(config["trainer"]),
         evaluation=EvalSpec(**config["eval"]),
         server_rate=_rate(1.0, config["server"]),
-        sampler=_make(config["sampling"], "sampling"),
-        availability=_make(config["availability"], "availability"),
+        sampler=_sampler(config),
+        availability=_availability(config),
         validation=config["validation"],
         goals=Goals(**{**config["stop"], "targets": tuple(config["stop"]["targets"])}),
         checkpoint_every=config["checkpoint"]["every"],
@@ -259,6 +260,8 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None, choices: Mappin
     spec = replace(spec, task=task)
     # Which parts cross is known once the model is: what cannot work is refused here.
     module = _try_model(task, dataset, spec)
+    if config["batch_norm"] in (*KEPT_NORMS, "static") and not norm_layers(module):
+        raise ConfigError(NO_BATCH_NORM.format(config["batch_norm"]))
     facts = replace(spec.facts(), kinds=kinds(module), objective=dataset.objective)
     for name, policy in policies:
         _under(name, lambda policy=policy: policy.check(facts))
@@ -296,7 +299,7 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None, choices: Mappin
         "batch_norm": config["batch_norm"],
         "warnings": warnings,
         "code_folder": code_folder,
-        "choices": {group: choice for group, choice in (choices or {}).items() if group in config},
+        "choices": _choices(choices or {}, config),
         "depends_on_time": any(policy.depends_on_time for _, policy in policies),
         "config": config,
     }
@@ -328,7 +331,7 @@ class Deal:
 def deal(cfg: DictConfig) -> Deal:
     """Load the data of a configuration and deal them to its clients; no model is built. Raises ConfigError."""
     config = _plain(cfg)
-    _check_skeleton(config)
+    _check_skeleton({**config, "cohort": 1, "eval": {**config["eval"], "clients": "all"}})  # nobody trains
     return _deal(config)
 
 
@@ -521,9 +524,11 @@ def _try_model(task: Task, dataset: Dataset, spec: RunSpec) -> nn.Module:
         module = task.module(spec.key.fold("model")).eval()
         with torch.no_grad():
             outputs = module(try_inputs(2, dataset.shape, dataset.vocabulary))
-    except ConfigError:
-        raise
     except Exception as error:
+        if dataset.vocabulary is not None:
+            raise ConfigError(f"model._target_ is {target!r}; it cannot take tokens: {_for_tokens(dataset)}") from error
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(
             f"model._target_ is {target!r}; it cannot take samples of shape {dataset.shape}: "
             f"{type(error).__name__}: {_first_line(error)}"
@@ -540,8 +545,14 @@ def _try_model(task: Task, dataset: Dataset, spec: RunSpec) -> nn.Module:
         raise ConfigError(
             f"model._target_ is {target!r}; for two samples it gives shape {tuple(outputs.shape)}, and "
             f"{(*leading, dataset.num_classes)} {'outputs' if exact else 'logits'} are needed for data={dataset.name}"
+            + (f": {_for_tokens(dataset)}" if dataset.vocabulary is not None else "")
         )
     return module
+
+
+def _for_tokens(dataset: Dataset) -> str:
+    fitting = "char_lstm or gpt" if dataset.objective == "next_token" else "lstm_classifier or transformer_classifier"
+    return f"data={dataset.name} needs model={fitting.replace(' or ', ' or model=')}"
 
 
 def _initial_mask(found: Mapping[str, torch.Tensor] | None, module: nn.Module) -> dict[str, torch.Tensor] | None:
@@ -559,7 +570,9 @@ def _initial_mask(found: Mapping[str, torch.Tensor] | None, module: nn.Module) -
 def _check_goals(spec: RunSpec, module: nn.Module) -> None:
     """Refuse goals that no row will have."""
     goals = spec.goals
-    if not goals.stops and not goals.targets:
+    idle = goals.min_delta > 0 and goals.patience is None
+    _refuse(idle, "stop.min_delta", goals.min_delta, "it goes with stop.patience; set that too, or leave it at 0")
+    if not goals.stops and not goals.targets and goals.metric == Goals().metric:
         return
     means = dict.fromkeys(spec.task.metrics, 1.0)
     main = spec.task.metrics[0]
@@ -583,6 +596,8 @@ def _population(dealt: Deal, config: dict[str, Any], spec: RunSpec) -> Populatio
     for group, change in (("skew", skew), ("augment", augment)):
         if change is not None:
             _under(group, lambda change=change: change.check(dataset.shape))
+    if augment is not None:
+        _under("augment", lambda: augment(torch.zeros(2, *dataset.shape), Key.of(0).torch()))
     tests = local_tests(
         train_labels=dealt.labels,
         parts=parts,
@@ -617,6 +632,36 @@ def _population(dealt: Deal, config: dict[str, Any], spec: RunSpec) -> Populatio
         key=spec.key,
         **held,
     )
+
+
+def _sampler(config: dict[str, Any]) -> Any:
+    sampler = _make(config["sampling"], "sampling")
+    good = callable(sampler) and callable(getattr(sampler, "check", None))
+    rule = "it must be a sampler, such as fedray.sim.sampling.Uniform"
+    _refuse(not good, "sampling._target_", config["sampling"]["_target_"], rule)
+    return sampler
+
+
+def _availability(config: dict[str, Any]) -> Any:
+    made, count = _make(config["availability"], "availability"), config["num_clients"]
+    rule = (
+        "called with round, num_clients and key it must give one boolean a client, as fedray.sim.sampling.Always does"
+    )
+    try:
+        here = made(round=1, num_clients=count, key=Key.of(config["seed"]))
+        good = isinstance(here, np.ndarray) and here.dtype == np.bool_ and here.shape == (count,)
+    except TypeError:
+        good = False
+    _refuse(not good, "availability._target_", config["availability"]["_target_"], rule)
+    return made
+
+
+def _choices(choices: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:
+    """What was chosen of each group. Groups of several policies go by the names of these, however they were written."""
+    found = {group: choice for group, choice in choices.items() if group in config}
+    for group in ("personal", "correction") if choices else ():
+        found[group] = "+".join(config[group]) or "none"
+    return found
 
 
 def _starts(parts: list[np.ndarray]) -> np.ndarray:
@@ -689,7 +734,10 @@ def _check_skeleton(config: dict[str, Any]) -> None:
         f"it must be at most num_clients, which is {config['num_clients']}; lower cohort or raise num_clients",
     )
     _refuse(
-        not config["name"] or "/" in config["name"], "name", config["name"], "it names a folder: no slash, not empty"
+        "/" in config["name"] or config["name"].strip(".") == "",
+        "name",
+        config["name"],
+        "it names a folder below outputs: no slash, not empty, not only dots",
     )
     clients = evaluation["clients"]
     good = clients in ("cohort", "all") or (_is_int(clients) and 1 <= clients <= config["num_clients"])
@@ -759,6 +807,13 @@ def _check_skeleton(config: dict[str, Any]) -> None:
     _refuse(bad, "stop.at_targets", True, "it needs stop.targets, as in stop.targets=[0.95]")
     bad = not 0 <= stop["min_delta"] < math.inf
     _refuse(bad, "stop.min_delta", stop["min_delta"], "it must be 0 or more")
+    for group, node in (("trainer", trainer), ("server", server)):
+        idle = node["lr_decay"] != 1 and node["lr_schedule"] != "step"
+        rule = f"it goes with {group}.lr_schedule=step; set that too, or leave it at 1.0"
+        _refuse(idle, f"{group}.lr_decay", node["lr_decay"], rule)
+    for name, plain in (("betas", [0.9, 0.999]), ("eps", 1e-8)):
+        idle = trainer["optimizer"] == "sgd" and trainer[name] != plain
+        _refuse(idle, f"trainer.{name}", trainer[name], "sgd has none; set trainer.optimizer=adam, or leave it out")
     betas = trainer["betas"]
     good = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
     _refuse(not good, "trainer.betas", betas, "write two numbers from 0 to below 1, as in [0.9,0.999]")
@@ -815,9 +870,13 @@ def profile(group: str, name: str, config_dir: str | None = None) -> Any:
 def _make(node: Any, group: str) -> Any:
     """Make the component of a group, with its arguments checked first."""
     target, arguments = _target(node, group)
-    nested = {k: v for k, v in arguments.items() if not (isinstance(v, Mapping) and "_target_" in v)}
-    _check_arguments(target, arguments, group, typed=nested)
-    return _under(group, lambda: instantiate(node, _convert_="all"))
+    plain = {k: v for k, v in arguments.items() if not (isinstance(v, Mapping) and "_target_" in v)}
+    _check_arguments(target, arguments, group, typed=plain)
+    if len(plain) == len(arguments) or "_partial_" in node or node.get("_recursive_") is False:
+        return _under(group, lambda: instantiate(node, _convert_="all"))
+    # One by one, so that what is wrong inside is named by its whole path.
+    made = {k: v if k in plain else _make(v, f"{group}.{k}") for k, v in arguments.items()}
+    return _under(group, lambda: target(**made))
 
 
 def _under(group: str, call: Any) -> Any:
@@ -830,6 +889,10 @@ def _under(group: str, call: Any) -> Any:
             error = error.__cause__
         if isinstance(error, FieldError):
             raise error.under(group) from raised
+        # Components that name their group themselves know nothing of the one that they stand in.
+        root, _, inside = group.partition(".")
+        if isinstance(error, ConfigError) and inside and re.match(rf"{root}\.\w+ is ", str(error)):
+            raise ConfigError(f"{group}{str(error).removeprefix(root)}") from raised
         if isinstance(error, ConfigError):
             raise error from raised
         raise ConfigError(f"{group} cannot be made: {type(error).__name__}: {_first_line(error)}") from raised
@@ -939,7 +1002,9 @@ def _readable(annotation: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(str(choice) for choice in arguments)
     if origin in (list, tuple, Sequence):
-        return "a list, as in [1,2]"
+        names_of = {int: "integers", float: "numbers", str: "texts"}
+        kinds_of = " or ".join(names_of[a] for a in arguments if a in names_of)
+        return f"a list of {kinds_of}" if kinds_of else "a list, as in [1,2]"
     return str(annotation)
 
 

@@ -114,7 +114,8 @@ def resume(folder: Path, assembly: Assembly) -> Run:
             "rounds, checkpoint, runtime and tracker may change"
         )
     if manifest["status"] == "finished" and rows and rows[-1]["round"] >= assembly.spec.rounds:
-        raise ConfigError(f"{folder} has finished its {assembly.spec.rounds} rounds; to lengthen it write rounds=...")
+        done = rows[-1]["round"]
+        raise ConfigError(f"{folder} has finished its {done} rounds; to lengthen it write rounds={2 * done}")
     written = {row["round"] for row in rows}
     saved = [int(path.name.removeprefix("round-")) for path in checkpoints(folder / "checkpoints")]
     return execute(assembly, folder, resume_round=max((r for r in saved if r in written), default=0))

@@ -89,6 +89,8 @@ class BatchNormCNN(nn.Module):
 
     def __init__(self, *, shape: tuple[int, ...], num_classes: int, width: int = 16) -> None:
         super().__init__()
+        if width < 1:
+            raise ConfigError(f"model.width is {width}; it is a number of channels, at least 1")
         channels, height, width_pixels = image_shape(shape, "batchnorm_cnn", 4)
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(width)

@@ -18,6 +18,12 @@ Norm = Literal["none", "batch", "group"]
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
+NO_BATCH_NORM = (
+    "batch_norm is {!r} and this model has no batch normalisation; take one that has, such as model=batchnorm_cnn, or "
+    "set batch_norm=average"
+)
+
+
 def norm_layers(module: nn.Module) -> dict[str, nn.Module]:
     """The batch-normalisation layers by name, in the module's order."""
     return {name: child for name, child in module.named_modules() if isinstance(child, BatchNorm)}
@@ -57,8 +63,14 @@ def to_group_norm(module: nn.Module, groups: int = 32) -> nn.Module:
 
 
 def group_normed(build: Callable[[], nn.Module], groups: int = 32) -> nn.Module:
-    """What `build` makes, by `to_group_norm`; bound with partial it is a maker that can be pickled."""
-    return to_group_norm(build(), groups)
+    """What `build` makes, by `to_group_norm`; bound with partial it is a maker that can be pickled.
+
+    Raises ConfigError where there is nothing to replace.
+    """
+    module = build()
+    if not norm_layers(module):
+        raise ConfigError(NO_BATCH_NORM.format("group"))
+    return to_group_norm(module, groups)
 
 
 def freeze_statistics(module: nn.Module) -> nn.Module:

@@ -69,7 +69,9 @@ def table_command(arguments: Sequence[str], *, parser: type[argparse.ArgumentPar
     """Print the table of a sweep: settings that differ, a metric over seeds, sparsity and megabytes."""
     command = parser(prog="fedray table", description="The table of a sweep, over its seeds, as Markdown.")
     command.add_argument("folder", type=Path, help="a folder that holds runs at any depth")
-    command.add_argument("--metric", default="test/accuracy", help="a metric of rounds.jsonl; its last value counts")
+    command.add_argument(
+        "--metric", help="a metric of rounds.jsonl, test/accuracy if there is one; its last value counts"
+    )
     command.add_argument("--rows", metavar="KEY", help="a setting for the rows, as in pruner.sparsity; needs --cols")
     command.add_argument("--cols", metavar="KEY", help="a setting for the columns; needs --rows")
     options = command.parse_args(arguments)

@@ -46,18 +46,34 @@ class Group:
         return [value for value in found if value is not None]
 
 
-def table(folder: Path, *, metric: str = "test/accuracy", rows: str | None = None, cols: str | None = None) -> str:
+HEADLINES = ("test/accuracy", "test/mse", "client/accuracy_mean", "client/mse_mean")
+"""What a table shows unless it is told: the first of these that a run has."""
+
+
+def table(folder: Path, *, metric: str | None = None, rows: str | None = None, cols: str | None = None) -> str:
     """Markdown: a line for each setting under `folder`, or with `rows` and `cols` the metric by two settings.
 
-    metric: a name of rounds.jsonl; its last recorded value counts, mean +- standard deviation of the sample over seeds.
+    metric: a name of rounds.jsonl, None for the first of HEADLINES; its last recorded value counts, mean +- standard
+    deviation of the sample over seeds.
     rows, cols: settings, as `pruner.sparsity` or short as `sparsity`. Runs that are not finished, that have no such
     metric or that repeat a seed are named below. Raises ConfigError.
     """
     if (rows is None) != (cols is None):
         raise ConfigError("--rows and --cols are given together or not at all")
+    if metric is None:
+        known = {name for run in find_runs(folder) for name in _recorded(run)}
+        metric = next((name for name in HEADLINES if name in known), HEADLINES[0])
     groups, notes = _groups(folder, metric)
     text = _lines(groups, metric) if rows is None or cols is None else _pivot(groups, metric, rows, cols)
     return "\n".join([text, "", "MB = 1e6 bytes." if rows is None else f"{metric} by {rows} and {cols}.", *notes])
+
+
+def _recorded(run: Path) -> set[str]:
+    """The metrics of a run; none where it cannot be read, which is said elsewhere."""
+    try:
+        return {name for row in read_rows(run) for name in row}
+    except (FedrayError, OSError):
+        return set()
 
 
 def _groups(folder: Path, metric: str) -> tuple[list[Group], list[str]]:

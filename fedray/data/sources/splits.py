@@ -176,8 +176,13 @@ def refuse_no_test(folder: Path, what: str, fraction: float | None) -> None:
         )
 
 
+_MOST = 1 << 20  # beyond it lies a slip of the finger, and arrays that no memory holds
+
+
 def check_count(key: str, value: object, least: int = 1) -> int:
     """A whole number of `data`, checked."""
+    if isinstance(value, int) and value > _MOST:
+        raise ConfigError(f"data.{key} is {value!r}; it must be at most {_MOST}, so lower it")
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ConfigError(f"data.{key} is {value!r}; it must be a whole number of at least {least}")
     return int(value)
