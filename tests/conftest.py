@@ -19,6 +19,7 @@ os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
     "WANDB_MODE": "offline",
     "WANDB_SILENT": "true",
+    "HF_HUB_OFFLINE": "1",
     "FEDRAY_CACHE": str(Path(_SCRATCH.name) / "cache"),
 }
 # Processes that tests start import this checkout, wherever they run.

@@ -188,7 +188,8 @@ def test_a_cache_that_cannot_be_written_is_refused(folder, tmp_path, monkeypatch
     refused(f"FEDRAY_CACHE is '{tmp_path}/file', where decoded data go; it cannot be written", path=folder)
 
 
-def test_no_path_and_a_wrong_path_are_refused():
+def test_no_path_and_a_wrong_path_are_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # whether or not it is installed
     where = "fetch its train-*.parquet and test-*.parquet from https://huggingface.co/datasets/ylecun/mnist and pass"
     refused(f"data.path is null; mnist does not come with fedray, so {where} data.path=FOLDER", name="mnist")
     refused("data.path is null; mine does not come with fedray", path=None)

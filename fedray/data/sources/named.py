@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -260,6 +261,8 @@ def _online(name: str, known: Named | None, subset: str | None, reading: tables.
             f"data.path is null; {name} does not come with fedray, so {by_hand}, or run "
             f"`pip install 'fedray[hub]'` to have it fetched ({error})"
         ) from error
+    # What its downloads try again is in our sentence, if it fails in the end.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         loaded = datasets.load_dataset(repository, subset)
     except Exception as error:  # whatever the package raises without network, repository or subset
