@@ -67,7 +67,7 @@ def refused(family, pruner, wire):
     """The rule that forbids them to go together; None where they do."""
     if wire == "powersgd" and pruner != "none":
         return "it needs whole matrices"
-    if "static" in family and wire in ("int4", "stc"):
+    if "static" in family and wire in ("int4", "stc", "topk_int8"):
         return "wire.down follows"
     return None
 
@@ -92,7 +92,8 @@ def check(family, pruner, wire, engine="eager"):
     else:
         assert server.params.flat[~server.mask.flat].count_nonzero() == 0
         assert 0.5 < rows[-1]["model/sparsity"] < 0.7
-    assert rows[0]["digest"] != rows[1]["digest"]
+    if wire != "threshold":  # with which small models may send nothing at all in a round
+        assert rows[0]["digest"] != rows[1]["digest"]
 
 
 # Dealt so that every pruner meets every family and every wire; families meet four wires each.
