@@ -100,7 +100,7 @@ class Optim:
     clip_norm: float | None = None
 
     def effective_steps(self, num_steps: int, *, lr: float, prox: float = 0.0) -> float:
-        """How far SGD goes in steps on a gradient of one, in units of -lr: |a_i|_1 of Wang et al. 2020, section 4.
+        """How far SGD goes in steps on a gradient of one, in units of -lr.
 
         num_steps for plain SGD; more with momentum, less with a pull of `prox` to the start.
         """
@@ -329,11 +329,13 @@ class Policy(Generic[M, C]):
     cuts: what kind of mask it makes; "weights" cuts single weights out of matrices, "none" makes none.
     sends_each: whether `send` gives each client a message of its own; then downloads cannot follow each other.
     depends_on_time: whether the course of a run depends on how long things take; then it has only one price.
+    recomputes_statistics: whether what it keeps are statistics that the cohort is asked for before each evaluation.
     """
 
     cuts: ClassVar[Literal["none", "weights"]] = "none"
     sends_each: ClassVar[bool] = False
     depends_on_time: ClassVar[bool] = False
+    recomputes_statistics: ClassVar[bool] = False
 
     def check(self, run: RunFacts) -> None:
         """Refuse bad company, by ConfigError, before data loads."""

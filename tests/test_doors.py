@@ -35,7 +35,7 @@ DOORS: dict[str, set[str]] = {
     "models": {"tree", "keys", "round"},
     "train": {"round", "tree", "keys", "models"},
     "data": {"keys"},
-    "sim": KERNELS | {"privacy", "round", "wire", "models", "train", "data", "personal"},
+    "sim": KERNELS | {"privacy", "round", "wire", "models", "train", "data"},
     "track": set(),
     # Re-pricing in time runs the driver's own model of it.
     "report": {"track", "costs", "keys"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from fedray.errors import ConfigError
 from fedray.round import Policy, RunFacts
@@ -21,6 +21,8 @@ class StaticNorm(Policy[None, None]):
     is in the ledger as "statistics". The paper asks all clients; here it is the cohort, who pay for it. A model about
     which nobody could be asked, because the cohort was empty, is not evaluated.
     """
+
+    recomputes_statistics: ClassVar[bool] = True
 
     def check(self, run: RunFacts) -> None:
         if run.kinds is not None and "norm" not in run.kinds.values():

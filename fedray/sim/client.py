@@ -20,7 +20,6 @@ from fedray.errors import ClientError, ConfigError, FedrayError, WireError
 from fedray.keys import Key
 from fedray.models.normalisation import second_moments
 from fedray.models.task import kinds, layouts, prunable_names
-from fedray.personal import StaticNorm
 from fedray.round import Context, Fit, Job, Message, Part, PartSpec, Policy, Server, View
 from fedray.sim.population import Population
 from fedray.sim.spec import RunSpec
@@ -606,8 +605,8 @@ def keepers(spec: RunSpec) -> list[Policy[Any, Any]]:
     return [policy for _, policy in spec.policies if type(policy).keeps is not Policy.keeps]
 
 
-def kept_names(module: nn.Module, spec: RunSpec, *, but: type | None = None) -> frozenset[str]:
-    """Parameters and buffers that never leave clients, but for those that this kind of policy keeps.
+def kept_names(module: nn.Module, spec: RunSpec, *, recomputed: bool = True) -> frozenset[str]:
+    """Parameters and buffers that never leave clients; recomputed: whether with those that they can be asked for.
 
     Raises ConfigError where nothing is left to share.
     """
@@ -615,7 +614,7 @@ def kept_names(module: nn.Module, spec: RunSpec, *, but: type | None = None) -> 
     by_kind = kinds(module)
     found: frozenset[str] = frozenset()
     for policy in keepers(spec):
-        if but is not None and isinstance(policy, but):
+        if policy.recomputes_statistics and not recomputed:
             continue
         found |= policy.keeps(by_kind, buffers)
     if found >= set(params.names):
@@ -627,12 +626,12 @@ def kept_names(module: nn.Module, spec: RunSpec, *, but: type | None = None) -> 
 
 def has_global_model(module: nn.Module, spec: RunSpec) -> bool:
     """Whether the server has a model that runs without what clients keep; statistics can be asked for."""
-    return not kept_names(module, spec, but=StaticNorm)
+    return not kept_names(module, spec, recomputed=False)
 
 
 def recomputes(spec: RunSpec) -> bool:
     """Whether statistics of batch normalisation are recomputed for each evaluation."""
-    return any(isinstance(policy, StaticNorm) for _, policy in spec.policies)
+    return any(policy.recomputes_statistics for _, policy in spec.policies)
 
 
 def codec_of(module: nn.Module, spec: RunSpec) -> Codec:
