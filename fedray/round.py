@@ -21,13 +21,15 @@ import torch
 
 from fedray.errors import ConfigError
 from fedray.keys import Key
+from fedray.prune.structure import Structure
 from fedray.sums import Sums
 from fedray.tree import Layout, Mask, Tree, restrict
 
 ClientId = int
-Evidence = Literal["grad", "grad_sum"]
+Evidence = Literal["grad", "grad_sum", "hvp"]
 """What a job or a probe can report beside the fit, dense (no mask applied), shape of the parameters:
-`grad` the gradient of one batch, `grad_sum` the sum of the batch gradients over the steps of a job."""
+`grad` the gradient of one batch, `grad_sum` the sum of the batch gradients over the steps of a job, `hvp` the product
+of the Hessian with the gradient, both of the same examples and of the coordinates that the mask keeps."""
 
 M = TypeVar("M")
 C = TypeVar("C")
@@ -123,10 +125,14 @@ class Loss:
     logit_shift: subtracted from the logits before the softmax, one per class; None for zeros. A class with
                  ABSENT_SHIFT or more takes no part: e^-100 is nothing beside any class that is there, and smoothing
                  leaves it out.
+    zeroed:      classes whose logits are replaced by 0 before the softmax (the masked loss of HeteroFL).
+    temperature: the logits are divided by it, above 0.
     """
 
     smoothing: float = 0.0
     logit_shift: tuple[float, ...] | None = None
+    zeroed: tuple[int, ...] = ()
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +149,11 @@ class Job:
     trains:    names of the tensors that steps may move; None for all, local ones included.
     loss:      what is minimised.
     sharpness: radius rho of sharpness-aware minimisation: the gradient is taken at w + rho * g / |g|; 0 for none.
+    shrink:    train the physically smaller model, without the units that `mask` cuts whole: the same fit, but for
+               rounding, in less time.
+    submodels: masks within `mask`, one of which is drawn for each step, that trains nothing else; empty for none.
+    distils:   whether a step on a submodel smaller than the last one also teaches it the outputs of the last one.
+    scaler:    outputs of hidden layers with a weight matrix are divided by it in training; 1 for none.
     wants:     evidence to gather on the way; only "grad_sum" is gathered by a job.
     """
 
@@ -161,6 +172,10 @@ class Job:
     trains: frozenset[str] | None = None
     loss: Loss = Loss()
     sharpness: float = 0.0
+    shrink: bool = False
+    submodels: tuple[Mask, ...] = ()
+    distils: bool = False
+    scaler: float = 1.0
     wants: frozenset[Evidence] = frozenset()
 
 
@@ -255,13 +270,54 @@ class Probe(Protocol):
     """Look at the client's training data without training; pure, at any point, in `begin` and in `end`."""
 
     def __call__(
-        self, params: Tree, buffers: Tree, mask: Mask | None, *, wants: frozenset[Evidence], batch_size: int | None
+        self,
+        params: Tree,
+        buffers: Tree,
+        mask: Mask | None,
+        *,
+        wants: frozenset[Evidence],
+        batch_size: int | None,
+        per_class: int | None = None,
+        loss: Loss | None = None,
     ) -> tuple[Mapping[str, float], Mapping[Evidence, Tree]]:
         """{"loss": mean loss} and the wanted evidence; the gradient is that of the effective weight.
 
         mask:       the point is `params` restricted to it; the gradient is not.
         batch_size: one keyed batch of that many examples; None for all of the client's training data.
+        per_class:  a batch of that many examples of each class instead (of a class that has fewer, all).
+        loss:       what the evidence is the derivative of; None for the plain one.
         """
+        ...
+
+
+class Score(Protocol):
+    """Score a model on the client's training data, in evaluation mode; pure."""
+
+    def __call__(self, view: View) -> Mapping[str, float]:
+        """The task's metrics, means over the examples."""
+        ...
+
+
+class Moments(Protocol):
+    """What batch normalisation sees of the client's training data in a model; pure."""
+
+    def __call__(self, view: View) -> tuple[Tree, int]:
+        """Means and mean squares in the place of the running means and variances (layout of the buffers; other
+        buffers as they are in `view`), which may be averaged over clients, and the number of examples. `normalised`
+        of the average gives the buffers."""
+        ...
+
+    def normalised(self, moments: Tree) -> Tree:
+        """Buffers with means and variances, from means and mean squares."""
+        ...
+
+
+class Flow(Protocol):
+    """The flow through a model without data, see Tanaka et al. 2020 (SynFlow); pure."""
+
+    def __call__(self, params: Tree, buffers: Tree, mask: Mask | None) -> Tree:
+        """|w| * dR/d|w| of every parameter at `params` restricted to the mask, divided by its largest value: R is
+        the sum of the outputs for an input of ones in evaluation mode with absolute weights. float64 inside."""
         ...
 
 
@@ -276,10 +332,15 @@ class Context:
     prunable: names of the tensors that a pruner may cut, in layout order.
     lr:       the clients' learning rate in this round.
     server_lr: factor of this round on a strategy's own rate (`server.lr_schedule`).
+    run_key:  randomness that is the same in every round, on the server and on every client.
+    flow:     the model's flow without data.
+    structure: the model's units that can be cut whole; None where no policy of the run cuts structures.
+    flops:    dense FLOPs of one sample by the name of the weight that causes them; empty on clients.
     client:   whose turn it is; None on the server, as are those below.
     known:    the mask last exchanged with this client.
     job:      this client's training as it is configured, from the initial weights: what `begin` starts from.
-    probe, train, validate: look at, train on and score with the client's training data.
+    probe:    look at the client's training data; on the server at the public data, None where there are none.
+    train, validate, score, moments: train on, and score with, the client's training data.
     """
 
     round: int
@@ -289,13 +350,31 @@ class Context:
     origin: Tree
     prunable: tuple[str, ...]
     lr: float
+    run_key: Key
     server_lr: float = 1.0
+    flow: Flow | None = None
+    structure: Structure | None = None
+    flops: Mapping[str, int] = field(default_factory=dict)
     client: ClientInfo | None = None
     known: Mask | None = None
     job: Job | None = None
     probe: Probe | None = None
     train: Trainer | None = None
     validate: Validate | None = None
+    score: Score | None = None
+    moments: Moments | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """A question to clients before a round's training. It is a policy's own: no other policy sees it.
+
+    name:    what the ledger calls it; the name of `Policy.exchange_parts`.
+    clients: who is asked: "cohort" (of the round that begins), "all", or ids.
+    """
+
+    name: str
+    clients: Literal["cohort", "all"] | tuple[ClientId, ...] = "cohort"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,6 +384,8 @@ class RunFacts:
     kinds:     of every trainable tensor by name: weight, bias, norm or other; None before the model is known.
     objective: classification, regression or next_token; None before the data are known.
     validation: share of each client's training data that is set apart.
+    public:    number of training examples that the server has to itself, before any are dealt to clients.
+    has_statistics: whether the model has batch normalisation with running statistics; None before it is known.
     """
 
     rounds: int
@@ -315,8 +396,10 @@ class RunFacts:
     steps: int | None
     policies: tuple[tuple[str, Policy[Any, Any]], ...]
     validation: float = 0.0
+    public: int = 0
     kinds: Mapping[str, str] | None = None
     objective: str | None = None
+    has_statistics: bool | None = None
 
 
 class Policy(Generic[M, C]):
@@ -326,16 +409,28 @@ class Policy(Generic[M, C]):
     bad values in `__post_init__` with `refuse`. A memory is None, a number, a Tree, a Mask, or a tuple or dict of
     such; C must be picklable, and equal memories mean that nothing changed.
 
-    cuts: what kind of mask it makes; "weights" cuts single weights out of matrices, "none" makes none.
+    cuts: what kind of mask it makes; "weights" cuts single weights out of matrices, "structures" whole units with
+          everything that belongs to them (biases and norms too), "both" first units and then weights, "none" nothing.
+    regrown: where a coordinate starts that comes back: at zero, or at the value that the server held for it.
     sends_each: whether `send` gives each client a message of its own; then downloads cannot follow each other.
     depends_on_time: whether the course of a run depends on how long things take; then it has only one price.
     recomputes_statistics: whether what it keeps are statistics that the cohort is asked for before each evaluation.
     """
 
-    cuts: ClassVar[Literal["none", "weights"]] = "none"
+    cuts: ClassVar[Literal["none", "weights", "structures", "both"]] = "none"
     sends_each: ClassVar[bool] = False
     depends_on_time: ClassVar[bool] = False
     recomputes_statistics: ClassVar[bool] = False
+    regrown: ClassVar[Literal["zero", "held"]] = "zero"
+
+    def sparsity_after(self, round: int) -> float | None:
+        """The fraction removed that this policy promises after a round, 0 for the start; None where the size is an
+        outcome, or where clients have masks of their own. Of its budget: see `prune.allocate`."""
+        return None
+
+    def changes_masks(self, round: int) -> bool | None:
+        """Whether masks, the server's or clients', may change in a round; None where that depends on more."""
+        return None
 
     def check(self, run: RunFacts) -> None:
         """Refuse bad company, by ConfigError, before data loads."""
@@ -378,6 +473,26 @@ class Policy(Generic[M, C]):
     def settle(self, server: Server, sums: Sums, memory: M, ctx: Context) -> tuple[Server, Sums, M]:
         """Take what the cohort sent into the server's state, outer to inner."""
         return server, sums, memory
+
+    def exchange_parts(self, params: Layout, buffers: Layout) -> Mapping[str, Mapping[str, PartSpec]]:
+        """By the name of each exchange that this policy may ask for, the parts of its messages."""
+        return {}
+
+    def exchanges(self, memory: M, ctx: Context) -> tuple[Exchange, ...]:
+        """What to ask clients before the training of this round, one after the other; usually nothing."""
+        return ()
+
+    def ask(self, exchange: Exchange, server: Server, memory: M, ctx: Context) -> Message:
+        """What the server sends each client that is asked; `send` has no part in it."""
+        return Message()
+
+    def answer(self, exchange: Exchange, message: Message, memory: C, ctx: Context) -> Message:
+        """What a client answers to the decoded message. Nothing is remembered."""
+        return Message()
+
+    def learn(self, exchange: Exchange, server: Server, sums: Sums, memory: M, ctx: Context) -> tuple[Server, M]:
+        """Take the answers into the server's state; sums may be empty where nobody could be asked."""
+        return server, memory
 
     def view(self, view: View, memory: C, ctx: Context) -> View:
         """The model that this client would run on its own data, from the server's; outer to inner. Pure, and it

@@ -98,10 +98,10 @@ class _Planes:
 
 @lru_cache(maxsize=4096)  # clients have few distinct weights, and have them every round
 def _split(value: float) -> np.ndarray:
-    """The three planes of one number, shape (3,)."""
+    """The three planes of one number and a count of one, shape (4,)."""
     planes = _Planes.zeros(1)
     _add_products(planes, [(np.array([value]), 1.0)])
-    return np.array([planes.first[0], planes.second[0], planes.third_plane()[0]])
+    return np.array([planes.first[0], planes.second[0], planes.third_plane()[0], 1.0])
 
 
 @dataclass
@@ -111,7 +111,7 @@ class _Total:
     support: the mask that every contribution so far had, None for all coordinates. While they agree, only its k kept
              coordinates are summed; `common` is False from the first that differs on, and everything is dense.
     planes:  of k coordinates while common, else of n. owned: whether they may be written to.
-    weight:  planes of the summed weight: (3,) while common, else (3, n).
+    weight:  planes of the summed weight, and the number of those who vouched: (4,) while common, else (4, n).
     count:   contributions so far. reach: the sum over contributions of the largest |w*x|, rounded up; no partial sum,
              in whatever order, was beyond it.
     """
@@ -128,7 +128,7 @@ class _Total:
     @classmethod
     def empty(cls, layout: Layout, support: Mask | None) -> _Total:
         size = layout.size if support is None else len(support.indices)
-        return cls(layout, support, _Planes.zeros(size), np.zeros(3))
+        return cls(layout, support, _Planes.zeros(size), np.zeros(4))
 
     def fits(self, support: Mask | None) -> bool:
         """Whether a contribution with this support can be added as things are."""
@@ -140,7 +140,7 @@ class _Total:
         """The same sum with every coordinate written out."""
         if not self.common:
             return self
-        weight = np.zeros((3, self.layout.size))
+        weight = np.zeros((4, self.layout.size))
         where: Any = slice(None) if self.support is None else self.support.indices.numpy()
         planes = self.planes.scatter(self.layout.size, where)
         weight[:, where] = self.weight[:, None]
@@ -223,15 +223,23 @@ class Sums:
         total = self._totals[name]
         if total.common:
             return total.support if total.support is not None else Mask.full(total.layout)
-        return Mask(total.layout, torch.from_numpy(total.weight.sum(axis=0) > 0))
+        return Mask(total.layout, torch.from_numpy(total.weight[3] > 0))
 
     def weight(self, name: str) -> torch.Tensor:
         """The summed weight of those who vouched, by coordinate, float32 (n,)."""
         total = self._totals[name]
         if not total.common:
-            return torch.from_numpy(total.weight.sum(axis=0)).float()
-        weight = torch.full((total.layout.size,), float(total.weight.sum()))
+            return torch.from_numpy(total.weight[:3].sum(axis=0)).float()
+        weight = torch.full((total.layout.size,), float(total.weight[:3].sum()))
         return weight if total.support is None else torch.where(total.support.flat, weight, 0.0)
+
+    def holders(self, name: str) -> torch.Tensor:
+        """How many clients vouched, by coordinate, int32 (n,)."""
+        total = self._totals[name]
+        if not total.common:
+            return torch.from_numpy(total.weight[3].astype(np.int32))
+        count = torch.full((total.layout.size,), total.count, dtype=torch.int32)
+        return count if total.support is None else torch.where(total.support.flat, count, 0)
 
     def mean(self, name: str, *, otherwise: Tree | float) -> Tree:
         """The weighted mean per coordinate, float32; `otherwise` where nobody vouched.
@@ -260,15 +268,15 @@ class Sums:
             assert total.support is not None
             flat.index_copy_(0, total.support.indices, mean)
         else:
-            flat = torch.where(torch.from_numpy(total.weight.sum(axis=0) > 0), mean, flat)
+            flat = torch.where(torch.from_numpy(total.weight[3] > 0), mean, flat)
         return Tree(total.layout, flat)
 
 
 def _divide(planes: _Planes, weight: np.ndarray) -> np.ndarray:
-    """The sum over its weight, float32 (m,). weight: (3,) or (3, m), where 0 leaves what it finds."""
+    """The sum over its weight, float32 (m,). weight: (4,) or (4, m), where 0 leaves what it finds."""
     length = planes.first.shape[0]
     out = np.empty(length, np.float32)
-    one = float(weight.sum()) if weight.ndim == 1 else 0.0
+    one = float(weight[:3].sum()) if weight.ndim == 1 else 0.0
     for start in range(0, length, BLOCK):
         here = slice(start, start + BLOCK)
         value = planes.first[here] + planes.second[here]

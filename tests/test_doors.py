@@ -25,15 +25,16 @@ DOORS: dict[str, set[str]] = {
     "sums": {"tree"},
     "prune": {"tree", "keys"},
     "privacy": {"tree", "keys"},
-    "round": {"tree", "keys", "sums"},
+    # A context shows the units that can be cut whole.
+    "round": {"tree", "keys", "sums", "prune"},
     # Links draw a client's rate; devices and links refuse a bad field as policies do.
     "costs": {"tree", "keys", "round"},
     # The codec takes a round's messages; a random mask travels as its seed and is drawn again by prune's kernel.
     "wire": {"tree", "keys", "round", "prune"},
     **{room: KERNELS | {"privacy", "round"} for room in POLICY_ROOMS},
     # A task computes the losses that a job asks for.
-    "models": {"tree", "keys", "round"},
-    "train": {"round", "tree", "keys", "models"},
+    "models": {"tree", "keys", "round", "prune"},
+    "train": {"round", "tree", "keys", "models", "prune"},
     "data": {"keys"},
     "sim": KERNELS | {"privacy", "round", "wire", "models", "train", "data"},
     "track": set(),

@@ -182,6 +182,10 @@ class NextToken:
 
 
 def _cross_entropy(outputs: Tensor, targets: Tensor, loss: Loss) -> Tensor:
+    if loss.zeroed:
+        outputs = outputs.index_fill(1, torch.tensor(loss.zeroed, device=outputs.device), 0.0)
+    if loss.temperature != 1.0:
+        outputs = outputs / loss.temperature
     if loss.logit_shift is None:
         return F.cross_entropy(outputs, targets, label_smoothing=loss.smoothing)
     shift = outputs.new_tensor(loss.logit_shift)

@@ -486,6 +486,7 @@ class Worker:
         ctx = Context(
             round=round,
             key=key,
+            run_key=spec.key,
             num_clients=spec.num_clients,
             cohort=broadcast.cohort,
             origin=self.origin,

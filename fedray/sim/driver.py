@@ -309,6 +309,7 @@ class Driver:
         return Context(
             round=round,
             key=spec.key.fold("round", round, "server"),
+            run_key=spec.key,
             num_clients=spec.num_clients,
             cohort=cohort,
             origin=self.worker.origin,

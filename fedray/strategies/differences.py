@@ -43,9 +43,9 @@ class SendsDifferences(ABC, Generic[M, C]):
         return message, receive_model(message, job), memory
 
     def end(self, fit: Fit, message: Message, memory: C, ctx: Context) -> tuple[Fit, Message, C]:
-        return fit, self.answer(fit, message, difference(fit)), memory
+        return fit, self.upload(fit, message, difference(fit)), memory
 
-    def answer(self, fit: Fit, message: Message, delta: Tree) -> Message:
+    def upload(self, fit: Fit, message: Message, delta: Tree) -> Message:
         """The message with a difference and the buffers, under the mask of the fit."""
         weight = self.weight(fit)
         message = message.put("delta", Part(value=delta, weight=weight, support=fit.mask))

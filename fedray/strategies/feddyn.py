@@ -61,7 +61,7 @@ class FedDyn(SendsDifferences[Tree | None, Tree | None], Policy[Tree | None, Tre
 
     def end(self, fit: Fit, message: Message, memory: Tree | None, ctx: Context) -> tuple[Fit, Message, Tree | None]:
         delta = difference(fit)
-        message = self.answer(fit, message, delta)
+        message = self.upload(fit, message, delta)
         if fit.num_steps == 0:
             return fit, message, memory
         before = Tree.zeros(delta.layout) if memory is None else restrict(restrict(memory, fit.received.mask), fit.mask)

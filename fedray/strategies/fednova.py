@@ -77,7 +77,7 @@ class FedNova(SendsDifferences[None, Local | None], Policy[None, Local | None]):
                 f"the pull of {memory['prox']:g} at a rate of {fit.lr:g} overshoots, so strategy fednova finds "
                 f"{steps:g} effective steps; lower the correction's mu or trainer.lr"
             )
-        message = self.answer(fit, message, tree.scale(difference(fit), 1.0 / steps))
+        message = self.upload(fit, message, tree.scale(difference(fit), 1.0 / steps))
         value = Tree(SCALAR, torch.tensor([steps]))
         return fit, message.put(STEPS, Part(value=value, weight=self.weight(fit))), None
 

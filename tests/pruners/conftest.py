@@ -50,6 +50,7 @@ class World:
     def ctx(self, number, client=None, seed=0):
         key = Key.of(seed).fold("round", number)
         facts = Context(
+            run_key=Key.of(0),
             round=number,
             key=key,
             num_clients=len(self.sizes),

@@ -17,7 +17,16 @@ from fedray.tree import Layout, Mask, Tree
 
 def prune_once(pruner, server, number):
     layout, key = server.params.layout, Key.of(0)
-    ctx = Context(round=number, key=key, num_clients=1, cohort=(), origin=server.params, prunable=layout.names, lr=0.1)
+    ctx = Context(
+        round=number,
+        key=key,
+        run_key=key,
+        num_clients=1,
+        cohort=(),
+        origin=server.params,
+        prunable=layout.names,
+        lr=0.1,
+    )
     return pruner.settle(server, Sums(), None, ctx)[0] if number else pruner.init_server(server, ctx)[0]
 
 

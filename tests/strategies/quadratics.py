@@ -28,6 +28,7 @@ def some(seed, share=0.5):
 def context(number=1, *, num_clients=3, server_lr=1.0, lr=0.1, client=None, **facts):
     info = None if client is None else ClientInfo(id=client, num_examples=10, **facts)
     return Context(
+        run_key=Key.of(0),
         round=number,
         key=Key.of(0).fold(number),
         num_clients=num_clients,
