@@ -158,6 +158,7 @@ class Config:
     num_clients: int = MISSING
     cohort: int = MISSING
     validation: float = MISSING
+    public: int = MISSING
     batch_norm: str = MISSING
     eval: EvalConfig = field(default_factory=EvalConfig)
     stop: StopConfig = field(default_factory=StopConfig)
@@ -243,6 +244,7 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None, choices: Mappin
         sampler=_sampler(config),
         availability=_availability(config),
         validation=config["validation"],
+        public=config["public"],
         goals=Goals(**{**config["stop"], "targets": tuple(config["stop"]["targets"])}),
         checkpoint_every=config["checkpoint"]["every"],
         hardware=component(config["device"], "device"),
@@ -319,13 +321,15 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None, choices: Mappin
 @dataclass(frozen=True, kw_only=True)
 class Deal:
     """Data and who gets which. parts: rows of the training set by client. labels: what the partition skewed by, int64,
-    one for each of them, below num_labels. facts: the manifest of the partition."""
+    one for each of them, below num_labels. facts: the manifest of the partition. public: rows of the training set that
+    the server has and no client; None for none."""
 
     dataset: Dataset
     parts: list[np.ndarray]
     labels: np.ndarray
     num_labels: int
     facts: dict[str, Any]
+    public: np.ndarray | None = None
 
 
 def deal(cfg: DictConfig) -> Deal:
@@ -358,6 +362,7 @@ def _deal(config: dict[str, Any]) -> Deal:
     dataset.check()
     labels, num_labels = dataset.labels("train")
     labels = np.asarray(labels)
+    public, private = _set_apart(config["public"], len(labels), Key.of(config["seed"]).fold("public"))
     owners = {}
     if getattr(partitioner, "needs_owners", False):
         if dataset.train_owner is None:
@@ -365,14 +370,29 @@ def _deal(config: dict[str, Any]) -> Deal:
                 f"partition._target_ is {config['partition']['_target_']!r}; it deals samples by their owner, and "
                 f"data={dataset.name} does not say who made them: take another partition, or data with owners"
             )
-        owners = {"owners": np.asarray(dataset.train_owner)}
+        owners = {"owners": np.asarray(dataset.train_owner)[private]}
     key = Key.of(config["seed"]).fold("partition")
     parts = _under(
         "partition",
-        lambda: partitioner(labels, num_clients=config["num_clients"], num_classes=num_labels, key=key, **owners),
+        lambda: partitioner(
+            labels[private], num_clients=config["num_clients"], num_classes=num_labels, key=key, **owners
+        ),
     )
+    if public is not None:
+        rows = np.arange(len(labels))[private]
+        parts = [rows[part] for part in parts]
     facts = data_room.manifest(labels, parts, num_labels)
-    return Deal(dataset=dataset, parts=parts, labels=labels, num_labels=num_labels, facts=facts)
+    return Deal(dataset=dataset, parts=parts, labels=labels, num_labels=num_labels, facts=facts, public=public)
+
+
+def _set_apart(count: int, total: int, key: Key) -> tuple[np.ndarray | None, Any]:
+    """Rows that the server has, sorted, None for none; and what is left to deal, as an index."""
+    _refuse(count >= total, "public", count, f"it must leave some of the {total} training examples to the clients")
+    if not count:
+        return None, slice(None)
+    taken = np.zeros(total, np.bool_)
+    taken[key.permutation(total).numpy()[:count]] = True
+    return np.flatnonzero(taken), ~taken
 
 
 def recorded(folder: Path, overrides: Sequence[str]) -> DictConfig:
@@ -630,6 +650,7 @@ def _population(dealt: Deal, config: dict[str, Any], spec: RunSpec) -> Populatio
         skew=skew,
         augment=augment,
         key=spec.key,
+        public_rows=dealt.public,
         **held,
     )
 
@@ -709,6 +730,7 @@ def _check_skeleton(config: dict[str, Any]) -> None:
         ("rounds", config["rounds"], 1),
         ("num_clients", config["num_clients"], 1),
         ("cohort", config["cohort"], 1),
+        ("public", config["public"], 0),
         ("eval.every", evaluation["every"], 0),
         ("checkpoint.every", config["checkpoint"]["every"], 0),
         ("eval.batch_size", evaluation["batch_size"], 1),

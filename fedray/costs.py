@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fedray.keys import Key
 from fedray.round import refuse
-from fedray.tree import Mask
+from fedray.tree import Layout, Mask
 
 TRAIN_FACTOR = 3
 """Forward, gradient of the inputs, gradient of the weights: each about one forward pass."""
@@ -83,9 +83,15 @@ def masked_flops(dense: Mapping[str, int], mask: Mask | None) -> float:
     """
     if mask is None:
         return float(sum(dense.values()))
-    sizes = dict(zip(mask.layout.names, mask.layout.sizes, strict=True))
-    kept = mask.counts([name for name in dense if name in sizes])
-    return sum(count * (kept[name] / sizes[name] if name in kept else 1.0) for name, count in dense.items())
+    return kept_flops(dense, mask.layout, mask.counts([name for name in dense if name in mask.layout.spans]))
+
+
+def kept_flops(dense: Mapping[str, int], layout: Layout, kept: Mapping[str, float]) -> float:
+    """As `masked_flops`, from the number of kept coordinates by tensor."""
+    sizes = dict(zip(layout.names, layout.sizes, strict=True))
+    return sum(
+        count * (kept[name] / sizes[name] if name in kept and name in sizes else 1.0) for name, count in dense.items()
+    )
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------

@@ -18,14 +18,28 @@ from torch import nn
 
 from fedray.errors import ClientError, ConfigError, FedrayError, WireError
 from fedray.keys import Key
-from fedray.models.normalisation import second_moments
+from fedray.models.normalisation import from_second_moments, second_moments
 from fedray.models.task import kinds, layouts, prunable_names
-from fedray.round import Context, Fit, Job, Message, Part, PartSpec, Policy, Server, View
+from fedray.prune.structure import Structure
+from fedray.round import (
+    Context,
+    Exchange,
+    Fit,
+    Job,
+    Message,
+    Part,
+    PartSpec,
+    Policy,
+    Probe,
+    Server,
+    View,
+)
 from fedray.sim.population import Population
 from fedray.sim.spec import RunSpec
 from fedray.sums import Sums, largest_fit
 from fedray.train import Engine, Samples
-from fedray.tree import Mask, Tree, take
+from fedray.train.engine import try_inputs
+from fedray.tree import Mask, Tree, put, take
 from fedray.wire import Codec, Download, Packet, Transfer, Wire
 from fedray.wire.codec import NOTHING, Trees
 from fedray.wire.ledger import Direction
@@ -74,10 +88,20 @@ class Record:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Work:
+    """Examples that gradients were taken of, under a mask. kept: coordinates by tensor; None for the server's mask."""
+
+    num_seen: int
+    kept: Mapping[str, float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClientResult:
     """What the driver logs of one client's round. num_seen: examples stepped on.
 
     seconds: time of its training; wire_seconds: of its encoding and decoding, both ends.
+    work: what it trained: the job of the round, then additional ones.
+    kept: prunable coordinates by tensor in what it uploaded, where that is not what the server's mask keeps.
     """
 
     client: int
@@ -89,6 +113,8 @@ class ClientResult:
     wire_seconds: float
     transfers: tuple[Transfer, ...]
     record_changed: bool
+    work: tuple[Work, ...] = ()
+    kept: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,13 +155,26 @@ class StatisticsReply:
     transfers: tuple[Transfer, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExchangeReply:
+    """The sum of the answers of an exchange, what crossed, and what was trained for it, by client."""
+
+    sums: Sums
+    transfers: tuple[Transfer, ...]
+    work: Mapping[int, tuple[Work, ...]]
+
+
 @dataclass
 class _Turn:
-    """What changes while a client has its turn: the tensors that it keeps, and examples of additional jobs."""
+    """What changes while a client has its turn: the tensors that it keeps, and what additional jobs trained.
+
+    mask: the server's, that most work is done under.
+    """
 
     local: Tree | None
     local_buffers: Tree | None
-    num_seen: int = 0
+    mask: Mask | None = None
+    work: list[Work] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -171,6 +210,12 @@ class Worker:
             torch.use_deterministic_algorithms(True)
         self.spec = spec
         self.population = population
+        self.structure: Structure | None = None
+        if cuts_units(spec):
+            from fedray.models.structure import find_structure  # TEMP
+
+            sample = try_inputs(1, population.sample_shape, population.vocabulary)
+            self.structure = find_structure(spec.task.module(spec.key.fold("model")), sample)
         self.engine = Engine(
             spec.task,
             key=spec.key.fold("model"),
@@ -179,12 +224,14 @@ class Worker:
             kind=spec.trainer.engine,
             vocabulary=population.vocabulary,
             kept=kept_names(spec.task.module(spec.key.fold("model")), spec) if keepers(spec) else frozenset(),
+            **({"structure": self.structure} if self.structure is not None else {}),  # TEMP
         )
         self.origin, self.origin_buffers, self.local, self.local_buffers = self.engine.origin()
         names = prunable_names(self.engine.module, spec.task.scope)
         self.prunable = tuple(name for name in names if name not in self.engine.kept)
         self.has_global_model = has_global_model(self.engine.module, spec)
         self.codec = codec_of(self.engine.module, spec)
+        self._exchange_codecs: dict[tuple[int, str], Codec] = {}
         self._masks: dict[bytes, Mask] = {}
         self._last_download: _Download | None = None
 
@@ -306,6 +353,59 @@ class Worker:
             transfers += [replace(transfer, exchange=STATISTICS) for transfer in (down, sent)]
         return StatisticsReply(sums=sums, transfers=tuple(transfers))
 
+    def answer(
+        self,
+        broadcast: Broadcast,
+        clients: Sequence[int],
+        records: Mapping[int, Record | None],
+        at: int,
+        exchange: Exchange,
+    ) -> ExchangeReply:
+        """Put an exchange of the policy at this place of the onion to these clients. Nothing is remembered."""
+        broadcast = replace(broadcast, server=replace(broadcast.server, mask=self.intern(broadcast.server.mask)))
+        name, policy = self.spec.policies[at]
+        codec, sums = self.exchange_codec(at, exchange.name), Sums()
+        transfers: list[Transfer] = []
+        works: dict[int, tuple[Work, ...]] = {}
+        for client in clients:
+            samples, record = self.population.train(client), records.get(client)
+            ctx = self._context(broadcast, client, record, samples, exchange.name)
+            turn = _Turn(self.local, self.local_buffers, broadcast.server.mask)
+            ctx = self._looking(ctx, samples, turn)
+            record = record or self._new_record(ctx)
+            whose = f"{who(client, broadcast.round)}, exchange {exchange.name!r}"
+            question = self._hook(name, "ask", ctx, policy.ask, exchange, broadcast.server, broadcast.memories[at], ctx)
+            asked, down = self._cross(codec, question, "down", record.known, ctx, whose)
+            memory = record.memories[at]
+            reply = self._hook(name, "answer", ctx, policy.answer, exchange, asked, memory, ctx)
+            answer, up = self._cross(codec, reply, "up", asked.mask, ctx, whose)
+            transfers += [replace(crossed, exchange=exchange.name) for crossed in (down, up)]
+            sums.add(answer, who=whose)
+            works[client] = tuple(turn.work)
+        return ExchangeReply(sums=sums, transfers=tuple(transfers), work=works)
+
+    def _cross(
+        self, codec: Codec, message: Message, direction: Direction, known: Mask | None, ctx: Context, whose: str
+    ) -> tuple[Message, Transfer]:
+        """A message of an exchange as it is received, and what it cost."""
+        assert ctx.client is not None
+        try:
+            packet = codec.encode(message, direction=direction, known=known, key=ctx.key, leaves=False)
+            received = codec.decode(packet.payload, direction=direction, known=known)
+        except FedrayError as error:
+            raise type(error)(f"{whose}: {error}") from error
+        transfer = Transfer(round=ctx.round, client=ctx.client.id, direction=direction, sizes=packet.sizes)
+        return replace(received, mask=self.intern(received.mask)), transfer
+
+    def exchange_codec(self, at: int, exchange: str) -> Codec:
+        """The wire of an exchange: float32, whatever the run's is, because a loss here would be one of the method."""
+        if (at, exchange) not in self._exchange_codecs:
+            _, policy = self.spec.policies[at]
+            parts = policy.exchange_parts(self.origin.layout, self.origin_buffers.layout)[exchange]
+            wire = Wire(entropy=self.spec.wire.entropy)
+            self._exchange_codecs[at, exchange] = Codec(parts, self.origin.layout, self.codec.masks.prunable, wire)
+        return self._exchange_codecs[at, exchange]
+
     def intern(self, mask: Mask | None) -> Mask | None:
         """One object per distinct mask, so that its digest and indices are found once."""
         if mask is None:
@@ -335,7 +435,7 @@ class Worker:
         fresh = record is None
         if record is None:
             record = self._new_record(ctx)
-        turn = _Turn(self.local, self.local_buffers)
+        turn = _Turn(self.local, self.local_buffers, broadcast.server.mask)
         if self.engine.kept:
             server = broadcast.server
             seen = self._view(
@@ -350,20 +450,17 @@ class Worker:
                 ctx,
                 keepers(spec),
             )
-            turn = _Turn(seen.local, seen.local_buffers)
-        ctx = replace(
-            ctx,
-            probe=partial(self._probe, samples, key, turn),
-            train=partial(self._train_more, samples, key, turn),
-        )
+            turn = _Turn(seen.local, seen.local_buffers, broadcast.server.mask)
+        ctx = self._looking(ctx, samples, turn)
         whose = who(client, round)
         message, down, wire_seconds = self._receive_download(broadcast, record, ctx, whose)
         sent_mask = message.mask
         sent: Trees = {name: part.value for name, part in message.parts.items()} if self.codec.refers else NOTHING
 
         started = time.perf_counter()
-        fit, after = self._train(message, samples, record, ctx)
+        fit, job, after = self._train(message, samples, record, ctx)
         turn.local, turn.local_buffers = fit.local, fit.local_buffers
+        trained = _work(fit.num_seen, job, turn.mask)
         answer = Message()
         for at, (name, policy) in enumerate(spec.policies):
             fit, answer, after[at] = self._hook(name, "end", ctx, policy.end, fit, answer, after[at], ctx)
@@ -395,12 +492,14 @@ class Worker:
             client=client,
             num_examples=len(samples),
             num_steps=fit.num_steps,
-            num_seen=fit.num_seen + turn.num_seen,
+            num_seen=trained.num_seen + sum(work.num_seen for work in turn.work),
             loss=fit.loss,
             seconds=seconds,
             wire_seconds=wire_seconds,
             transfers=(down, Transfer(round=round, client=client, direction="up", sizes=up.sizes)),
             record_changed=changed,
+            work=(trained, *turn.work),
+            kept=None if last is None or same_mask(last, broadcast.server.mask) else last.counts(self.prunable),
         )
         return _Done(up.payload, received, sent_mask, result, new if changed else None)
 
@@ -493,16 +592,23 @@ class Worker:
             prunable=self.prunable,
             lr=spec.trainer.learning_rate.at(round, spec.rounds),
             server_lr=spec.server_rate.at(round, spec.rounds),
+            flow=getattr(self.engine, "flow", None),  # TEMP
+            structure=self.structure,
             client=self.population.info(client),
             known=None if record is None else record.known,
             validate=partial(self._validate, client),
         )
-        turn = _Turn(self.local, self.local_buffers)
+        ctx = replace(ctx, job=self._plain_job(len(samples), ctx.lr))
+        return self._looking(ctx, samples, _Turn(self.local, self.local_buffers, broadcast.server.mask))
+
+    def _looking(self, ctx: Context, samples: Samples, turn: _Turn) -> Context:
+        """With what looks at, trains on and scores with a client's samples, in its turn."""
         return replace(
             ctx,
-            job=self._plain_job(len(samples), ctx.lr),
-            probe=partial(self._probe, samples, key, turn),
-            train=partial(self._train_more, samples, key, turn),
+            probe=partial(self._probe, samples, ctx.key, turn),
+            train=partial(self._train_more, samples, ctx.key, turn),
+            score=partial(self._score, samples, turn),
+            moments=_Moments(self.engine, samples, turn),
         )
 
     def _new_record(self, ctx: Context) -> Record:
@@ -533,18 +639,18 @@ class Worker:
             optim=trainer.optim,
         )
 
-    def _train(self, message: Message, samples: Samples, record: Record, ctx: Context) -> tuple[Fit, list[Any]]:
+    def _train(self, message: Message, samples: Samples, record: Record, ctx: Context) -> tuple[Fit, Job, list[Any]]:
         assert ctx.job is not None
         job = ctx.job
         received, memories = message, list(record.memories)
         for at in reversed(range(len(self.spec.policies))):
             name, policy = self.spec.policies[at]
             message, job, memories[at] = self._hook(name, "begin", ctx, policy.begin, message, job, memories[at], ctx)
-        return self.engine.fit(job, received, samples, ctx.key), memories
+        return self.engine.fit(job, received, samples, ctx.key), job, memories
 
     def _train_more(self, samples: Samples, key: Key, turn: _Turn, job: Job, name: str) -> Fit:
         fit = self.engine.fit(job, Message(), samples, key.fold("job", name))
-        turn.num_seen += fit.num_seen
+        turn.work.append(_work(fit.num_seen, job, turn.mask))
         return fit
 
     def _probe(
@@ -559,8 +665,19 @@ class Worker:
             raise ConfigError(
                 f"client {client} has nothing to validate on; set validation above 0, or give it more samples"
             )
-        scores = self.engine.evaluate(view, held, self.spec.evaluation.batch_size)
+        return self._means(held, view)
+
+    def _score(self, samples: Samples, turn: _Turn, view: View) -> Mapping[str, float]:
+        return self._means(samples, _with_local(view, turn))
+
+    def _means(self, samples: Samples, view: View) -> dict[str, float]:
+        scores = self.engine.evaluate(view, samples, self.spec.evaluation.batch_size)
         return {name: float(values.mean(dtype=torch.float64)) for name, values in scores.items()}
+
+    def public_probe(self, key: Key) -> Probe | None:
+        """A look at the server's own data; None where it has none."""
+        samples = self.population.public()
+        return None if samples is None else partial(self._probe, samples, key, _Turn(self.local, self.local_buffers))
 
     def _hook(self, name: str, hook: str, ctx: Context, call: Any, *arguments: Any) -> Any:
         try:
@@ -570,6 +687,41 @@ class Worker:
         except Exception as error:
             at = f"round {ctx.round}, client {ctx.client.id if ctx.client else '-'}, {name}.{hook}"
             raise ClientError(f"{at}: {type(error).__name__}: {error}") from error
+
+
+class _Moments:
+    """See round.Moments."""
+
+    def __init__(self, engine: Engine, samples: Samples, turn: _Turn) -> None:
+        self.engine, self.samples, self.turn = engine, samples, turn
+
+    def __call__(self, view: View) -> tuple[Tree, int]:
+        found, count = self.engine.statistics(_with_local(view, self.turn), self.samples)
+        return put(view.buffers, take(second_moments(found), view.buffers.layout.names)), count
+
+    def normalised(self, moments: Tree) -> Tree:
+        return from_second_moments(moments)
+
+
+def _with_local(view: View, turn: _Turn) -> View:
+    """A view of what the server owns, with what the client keeps."""
+    if view.local is not None or turn.local is None:
+        return view
+    return replace(view, local=turn.local, local_buffers=turn.local_buffers)
+
+
+def _work(num_seen: int, job: Job, servers: Mask | None) -> Work:
+    """What a job trained; servers: the mask that goes without saying."""
+    if job.submodels:
+        counts = [mask.counts() for mask in job.submodels]
+        # Each step draws one of them.
+        mean = {name: sum(count[name] for count in counts) / len(counts) for name in counts[0]}
+        return Work(num_seen=num_seen, kept=mean)
+    if same_mask(job.mask, servers):
+        return Work(num_seen=num_seen, kept=None)
+    layout = job.params.layout
+    kept = dict(zip(layout.names, layout.sizes, strict=True)) if job.mask is None else job.mask.counts()
+    return Work(num_seen=num_seen, kept=kept)
 
 
 def _empty(record: Record) -> bool:
@@ -630,6 +782,11 @@ def has_global_model(module: nn.Module, spec: RunSpec) -> bool:
     return not kept_names(module, spec, recomputed=False)
 
 
+def cuts_units(spec: RunSpec) -> bool:
+    """Whether a policy cuts whole units, so that the model's structure is looked for."""
+    return any(policy.cuts in ("structures", "both") for _, policy in spec.policies)
+
+
 def recomputes(spec: RunSpec) -> bool:
     """Whether statistics of batch normalisation are recomputed for each evaluation."""
     return any(policy.recomputes_statistics for _, policy in spec.policies)
@@ -639,14 +796,24 @@ def codec_of(module: nn.Module, spec: RunSpec) -> Codec:
     """The wire of a run: the parts of all its policies, inner to outer. Raises ConfigError where it cannot work."""
     params, buffers = layouts(module)
     kept = kept_names(module, spec)
+    units = cuts_units(spec)
+    if units and kept & set(params.names):
+        names = ", ".join(name for name, policy in spec.policies if policy in keepers(spec))
+        raise ConfigError(
+            f"pruner cuts whole units, and {names} keeps {sorted(kept & set(params.names))[0]} at the clients, so a "
+            "unit would be cut in half; take a pruner that cuts weights, or personal=none"
+        )
     if kept:
         params = params.select(name for name in params.names if name not in kept)
         buffers = buffers.select(name for name in buffers.names if name not in kept)
     parts: dict[str, Any] = {}
     for _, policy in spec.policies:
         parts.update(policy.parts(params, buffers))
-    cuts = any(policy.cuts == "weights" for _, policy in spec.policies)
-    prunable = tuple(name for name in prunable_names(module, spec.task.scope) if name not in kept)
+    cuts = any(policy.cuts in ("weights", "both") for _, policy in spec.policies)
+    # With a unit go its bias and its norm.
+    prunable = (
+        params.names if units else tuple(name for name in prunable_names(module, spec.task.scope) if name not in kept)
+    )
     wire = Codec(parts, params, prunable, spec.wire, unstructured=cuts)
     if wire.followed or wire.feeds_back("down"):
         if recomputes(spec):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from fedray.sim.client import (
     ClientResult,
     EvalReply,
     TrainReply,
+    Work,
     Worker,
     recomputes,
     same_mask,
@@ -38,7 +39,7 @@ from fedray.sim.runtime import EvalWork, Runtime
 from fedray.sim.spec import RunSpec
 from fedray.sums import Sums
 from fedray.train.engine import try_inputs
-from fedray.tree import Mask, Tree
+from fedray.tree import Mask, Tree, take
 from fedray.wire import Downlink, Download, Ledger, Transfer, advance
 
 CHUNK_BATCHES = 4  # evaluation batches per call: small enough to fill gaps at the end of a round
@@ -62,7 +63,10 @@ class RoundRecord:
 class _Open:
     """A round that is settled and not yet recorded.
 
-    extra: transfers beside the training. statistics: of batch normalisation in its model, where they are recomputed.
+    old_mask: the server's when the round began; trained_mask: the one that it sent.
+    extra: transfers beside the training; asked_flops: of what clients trained to answer, by client.
+    statistics: of batch normalisation in its model, where they are recomputed.
+    overlap: of the masks that clients sent, see `_overlap`.
     views: scores of clients' own models, where these differ from the server's.
     memories, downlink, snapshot: of server and clients at its end, if it ends with a checkpoint.
     times: its `time/*` metrics; download_s: seconds of coding its download here. scores: as they come in, by tag.
@@ -72,14 +76,17 @@ class _Open:
     results: list[ClientResult]
     server: Server
     old_mask: Mask | None
+    trained_mask: Mask | None
     before: Server | None
     wanted: bool
     extra: tuple[Transfer, ...]
     statistics: Tree | None
     views: Mapping[int, Mapping[str, Mapping[str, float]]] | None
+    overlap: float | None
     memories: tuple[Any, ...]
     downlink: Downlink
     snapshot: Any
+    asked_flops: Mapping[int, float] = field(default_factory=dict)
     download_s: float = 0.0
     times: dict[str, float] = field(default_factory=dict)
     scores: dict[str, dict[int, Mapping[str, np.ndarray]]] = field(default_factory=dict)
@@ -149,7 +156,9 @@ class Driver:
         for round in range(self.first_round, self.spec.rounds + 1):
             started = time.perf_counter()
             cohort = self.spec.sample_cohort(round, self.sizes)
+            old_mask = self.server.mask
             try:
+                asked, asked_flops = self._exchanges(round, cohort)
                 download = self._download(round, cohort)
                 download_s = time.perf_counter() - started
                 handle = self.runtime.put(
@@ -164,6 +173,8 @@ class Driver:
                     finished.append(waiting)
                     waiting = None
                 waiting = self._settle(round, cohort, sums, results)
+                waiting.old_mask, waiting.extra = old_mask, asked + waiting.extra
+                waiting.asked_flops = asked_flops
             except FedrayError:
                 # The rounds before are complete but for an evaluation: a failure now must not lose them.
                 for done in finished:
@@ -229,9 +240,10 @@ class Driver:
         return sums, sorted(results, key=lambda result: result.client)
 
     def _settle(self, round: int, cohort: tuple[int, ...], sums: Sums, results: list[ClientResult]) -> _Open:
-        spec, old_mask = self.spec, self.server.mask
+        spec, trained_mask = self.spec, self.server.mask
         ctx = self._context(round, cohort)
         server, memories, before = self.server, list(self.memories), None
+        overlap = self._overlap(sums)
         for at in reversed(range(len(spec.policies))):
             name, policy = spec.policies[at]
             try:
@@ -256,16 +268,67 @@ class Driver:
             round,
             results,
             self.server,
-            old_mask,
+            trained_mask,
+            trained_mask,
             before if wanted else None,
             wanted,
             extra,
             self.statistics if self._measured is self.server.params else None,
             self._views(round, cohort) if wanted and self.each_client else None,
+            overlap=overlap,
             memories=self.memories if saved else (),
             downlink=self.downlink,
             snapshot=self.runtime.snapshot() if saved else None,
         )
+
+    def _exchanges(
+        self, round: int, cohort: tuple[int, ...]
+    ) -> tuple[tuple[Transfer, ...], dict[int, float]]:
+        """Put the policies' questions before the training; what crossed, and FLOPs of training for an answer."""
+        transfers: list[Transfer] = []
+        flops: dict[int, float] = {}
+        for at, (name, policy) in enumerate(self.spec.policies):
+            ctx = self._context(round, cohort)
+            for exchange in policy.exchanges(self.memories[at], ctx):
+                chosen = range(self.spec.num_clients) if exchange.clients == "all" else exchange.clients
+                clients = cohort if chosen == "cohort" else tuple(int(client) for client in chosen)
+                handle = self.runtime.put(
+                    Broadcast(round=round, server=self.server, memories=self.memories, cohort=cohort)
+                )
+                sums, crossed = Sums(), []
+                for reply in self.runtime.ask("answer", handle, self._costs(clients), at, exchange):
+                    sums.merge(reply.sums)
+                    crossed += reply.transfers
+                    for client, work in reply.work.items():
+                        flops[client] = flops.get(client, 0.0) + self._trained(work, self.server.mask)
+                transfers += sorted(crossed, key=lambda transfer: (transfer.client, transfer.direction))
+                try:
+                    server, memory = policy.learn(exchange, self.server, sums, self.memories[at], ctx)
+                except FedrayError:
+                    raise
+                except Exception as error:
+                    what = f"round {round}, {name}.learn of exchange {exchange.name!r}"
+                    raise RunError(f"{what}: {type(error).__name__}: {error}") from error
+                self.server = replace(server, mask=self.worker.intern(server.mask))
+                self.memories = (*self.memories[:at], memory, *self.memories[at + 1 :])
+        return tuple(transfers), flops
+
+    def _overlap(self, sums: Sums) -> float | None:
+        """How far the masks that clients sent agree: coordinates that two clients both kept, over those that either
+        did, added over all pairs; prunable ones. None with fewer than two clients, or where nothing was cut."""
+        layout = self.worker.origin.layout
+        sent = [name for name, spec in self.worker.codec.specs.items() if spec.direction == "up"]
+        found = [name for name in sent if name in sums and self.worker.codec.specs[name].layout == layout]
+        if not found or sums.count(found[-1]) < 2:
+            return None
+        name = found[-1]  # the strategy's: a pruner's own parts come before it
+        holders = take(Tree(layout, sums.holders(name).double()), self.worker.prunable).flat
+        count, kept = sums.count(name), float(holders.sum())
+        if kept == count * holders.numel():
+            return None
+        both = float((holders * (holders - 1)).sum()) / 2
+        either = (count - 1) * kept - both
+        return both / either if either else 1.0
 
     def _download(self, round: int, cohort: tuple[int, ...]) -> Download | None:
         """What clients are sent this round, where it depends on what they were sent before; None where it does not:
@@ -314,6 +377,10 @@ class Driver:
             cohort=cohort,
             origin=self.worker.origin,
             prunable=self.worker.prunable,
+            flow=getattr(self.worker.engine, "flow", None),  # TEMP
+            structure=self.worker.structure,
+            flops=self.flops,
+            probe=self.worker.public_probe(spec.key.fold("round", round, "public")),
             lr=spec.trainer.learning_rate.at(max(round, 1), spec.rounds),
             server_lr=spec.server_rate.at(max(round, 1), spec.rounds),
         )
@@ -465,12 +532,18 @@ class Driver:
         row["model/sparsity_all"] = 0.0 if mask is None else mask.sparsity()
         if mask is not None:
             row |= {f"model/layer_sparsity/{name}": mask.sparsity((name,)) for name in prunable}
-            row["prune/churn"] = _churn(old_mask, mask, prunable)
+            row |= _movement(old_mask, mask, prunable)
+        if done.overlap is not None:
+            row["prune/overlap"] = done.overlap
         row["model/flops"] = costs.masked_flops(self.flops, mask)
-        # Clients train under the mask that they were sent.
-        per_sample = costs.TRAIN_FACTOR * costs.masked_flops(self.flops, old_mask)
-        self.train_flops += per_sample * sum(result.num_seen for result in results)
+        flops = dict(done.asked_flops)
+        for result in results:
+            flops[result.client] = flops.get(result.client, 0.0) + self._trained(result.work, done.trained_mask)
+        self.train_flops += sum(flops[client] for client in sorted(flops))
         row["model/train_flops"] = self.train_flops
+        sparsities = {result.client: self._sparsity(result, done.trained_mask) for result in results}
+        if any(sparsities.values()):
+            row["client/sparsity_mean"] = float(np.mean(list(sparsities.values())))
         memory = self._memory(mask)
         row |= memory
         if self.spec.hardware is not None:
@@ -487,13 +560,36 @@ class Driver:
                 "num_examples": result.num_examples,
                 "num_steps": result.num_steps,
                 "train/loss": result.loss,
-                "train_flops": per_sample * result.num_seen,
+                "sparsity": sparsities[result.client],
+                "train_flops": flops[result.client],
                 "time/train_s": result.seconds,
                 "time/wire_s": result.wire_seconds,
             }
             for result in results
         }
         return row | self._simulated(done, clients), clients
+
+    def _trained(self, work: Sequence[Work], mask: Mask | None) -> float:
+        """FLOPs of what a client trained; mask: the one that it was sent."""
+        layout = self.worker.origin.layout
+        return sum(
+            costs.TRAIN_FACTOR
+            * one.num_seen
+            * (
+                costs.masked_flops(self.flops, mask)
+                if one.kept is None
+                else costs.kept_flops(self.flops, layout, one.kept)
+            )
+            for one in work
+        )
+
+    def _sparsity(self, result: ClientResult, sent: Mask | None) -> float:
+        """The fraction removed of what a client uploaded."""
+        prunable, spans = self.worker.prunable, self.worker.origin.layout.spans
+        if result.kept is None:
+            return 0.0 if sent is None else sent.sparsity(prunable)
+        total = sum(spans[name].stop - spans[name].start for name in prunable)
+        return 1.0 - sum(result.kept[name] for name in prunable) / total if total else 0.0
 
     def _simulated(self, done: _Open, clients: dict[int, dict[str, Any]]) -> dict[str, float]:
         """Time and energy on the clients' imagined hardware and links; nothing where the run names neither."""
@@ -569,13 +665,27 @@ def digest(server: Server) -> str:
     return state.hexdigest()
 
 
-def _churn(old: Mask | None, new: Mask, prunable: tuple[str, ...]) -> float:
-    """Fraction of the prunable coordinates whose place in the mask changed."""
-    changed = total = 0
+def _movement(old: Mask | None, new: Mask, prunable: tuple[str, ...]) -> dict[str, float]:
+    """How the server's mask changed in a round, over the prunable coordinates.
+
+    churn: fraction whose place changed. regrown: fraction of the kept that came back. dead_filters: rows of weights
+    (filters, neurons) of which nothing is kept.
+    """
+    changed = total = back = kept = dead = 0
     for name in prunable:
-        changed += int((new[name] != old[name]).sum()) if old is not None else int((~new[name]).sum())
-        total += new[name].numel()
-    return changed / total if total else 0.0
+        now = new[name]
+        before = torch.ones_like(now) if old is None else old[name]
+        changed += int((now != before).sum())
+        back += int((now & ~before).sum())
+        kept += int(now.sum())
+        total += now.numel()
+        if now.dim() > 1:
+            dead += int((~now.flatten(1).any(1)).sum())
+    return {
+        "prune/churn": changed / total if total else 0.0,
+        "prune/regrown": back / kept if kept else 0.0,
+        "prune/dead_filters": dead,
+    }
 
 
 def _joined(pieces: Mapping[int, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

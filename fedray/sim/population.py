@@ -34,6 +34,7 @@ class Population:
                       skew(x, positions=, size=, client=, num_clients=, key=, kind=); None for nothing.
     augment:          random changes of training inputs, called as augment(x, generator); None for none.
     key:              what the skew draws from.
+    public_rows:      training rows that the server has to itself; None for none.
     """
 
     train_x: np.ndarray
@@ -54,6 +55,7 @@ class Population:
     skew: Any = None
     augment: Any = None
     key: Key | None = None
+    public_rows: np.ndarray | None = None
 
     @property
     def num_clients(self) -> int:
@@ -69,7 +71,18 @@ class Population:
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
-        names = ("train_x", "train_y", "test_x", "test_y", "rows", "local_rows", "mean", "std", "held_rows")
+        names = (
+            "train_x",
+            "train_y",
+            "test_x",
+            "test_y",
+            "rows",
+            "local_rows",
+            "mean",
+            "std",
+            "held_rows",
+            "public_rows",
+        )
         found = {name: getattr(self, name) for name in names}
         return {name: tensor_view(np.ascontiguousarray(a)) for name, a in found.items() if a is not None}
 
@@ -109,6 +122,10 @@ class Population:
             return None
         index = self._of("held_rows", self.held_starts, client)
         return self._view("train", index, client, whose="held") if len(index) else None
+
+    def public(self) -> Samples | None:
+        """The server's own data; None where it has none."""
+        return None if self.public_rows is None else self._view("train", self._tensors["public_rows"])
 
     def test(self, start: int, stop: int) -> Samples:
         """A stretch of the global test set."""

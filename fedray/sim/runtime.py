@@ -14,7 +14,7 @@ from fedray.sim.client import Broadcast, EvalReply, Record, TrainReply, Worker
 from fedray.sim.population import Population
 from fedray.sim.spec import RunSpec
 
-Question = Literal["evaluate_clients", "statistics"]
+Question = Literal["evaluate_clients", "statistics", "answer"]
 
 
 @dataclass(frozen=True, kw_only=True)

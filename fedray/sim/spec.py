@@ -58,7 +58,8 @@ class RunSpec:
     policies: (name, policy), inner to outer. wire: how messages are written.
     device: where training runs. hardware, link: what clients are imagined to have, for simulated time and energy.
     server_rate: factor on the strategies' own rates. sampler, availability: who takes part in a round.
-    validation: share of each client's training data that is set apart for gates. goals: targets and early stopping.
+    validation: share of each client's training data that is set apart for gates. public: training examples that the
+    server has to itself. goals: targets and early stopping.
     initial_mask: what the model that the run starts from has lost, bool by tensor; None for nothing.
     config: the whole resolved configuration, nested, for records; nothing is read from it.
     """
@@ -78,6 +79,7 @@ class RunSpec:
     sampler: Sampler = field(default_factory=Uniform)
     availability: Availability = field(default_factory=Always)
     validation: float = 0.0
+    public: int = 0
     goals: Goals = field(default_factory=Goals)
     initial_mask: Mapping[str, Tensor] | None = None
     checkpoint_every: int = 0
@@ -105,6 +107,7 @@ class RunSpec:
             steps=self.trainer.steps,
             policies=self.policies,
             validation=self.validation,
+            public=self.public,
         )
 
     def sample_cohort(self, round: int, sizes: np.ndarray) -> tuple[int, ...]:

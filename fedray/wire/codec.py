@@ -265,7 +265,7 @@ class Codec:
         if header.support == SHARED:
             support = mask
         elif header.support == OWN:
-            support = self.masks.decode(header.mask_code, header.own, mask)
+            support = self.masks.decode_support(header.mask_code, header.own, mask)
         if support is None or support.layout != self.specs[name].layout:
             raise WireError(f"part {name!r} has support code {header.support}, and there is no such mask for it")
         return name, support
@@ -275,7 +275,7 @@ class Codec:
             return ALL, NONE, b""
         if mask is not None and (part.support is mask or part.support.digest == mask.digest):
             return SHARED, NONE, b""
-        return OWN, *self.masks.encode(part.support, mask)
+        return OWN, *self.masks.encode_support(part.support, mask)
 
     # -- what can go together ----------------------------------------------------------------------------------------
 

@@ -11,6 +11,10 @@ Bytes for n prunable coordinates in m prunable tensors of shapes (d0, d1, ...):
     structured            ceil(sum(d0 + d1) / 8), d0 alone for one dimension: where each tensor keeps all of the
                           outer product of some indices of dimension 0 and some of dimension 1
     tensors               4 (m - 1) + one set of positions a tensor, where the densities of tensors differ
+    complement            0; what the last mask cuts, as the support of a part
+
+The support of a part may leave out what is not prunable; then all coordinates are coded, which the code says in its
+highest bit.
 
 A set of positions is one byte for its way and the way's body; all sets but the last have their length in front.
 """
@@ -20,6 +24,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -31,9 +36,12 @@ from fedray.tree import Layout, Mask
 from fedray.wire import bits
 from fedray.wire.values import Entropy, expect
 
-CODER_NAMES = ("none", "known", *bits.WAYS, "seed", "difference", "structured", "tensors")
+CODER_NAMES = ("none", "known", *bits.WAYS, "seed", "difference", "structured", "tensors", "complement")
 """What the mask's one-byte code says: nothing is masked, the receiver knows it, or how it is written."""
-NONE, KNOWN, BITMAP, LIST, RICE, GAPS, ANS, BITMAP_ZSTD, SEED, DIFFERENCE, STRUCTURED, TENSORS = range(len(CODER_NAMES))
+NONE, KNOWN, BITMAP, LIST, RICE, GAPS, ANS, BITMAP_ZSTD, SEED, DIFFERENCE, STRUCTURED, TENSORS, COMPLEMENT = range(
+    len(CODER_NAMES)
+)
+EVERYTHING = 0x80  # added to the code of a support that leaves out what is not prunable
 REMEMBERED = 64  # encodings: a global mask goes to many clients, who hold few different ones
 HALF = (0.45, 0.55)  # shares between which nothing beats the bitmap of a random mask
 SET_BYTES = 8  # what a set of positions costs beside its entropy: its length, its way and the head of its body
@@ -74,13 +82,36 @@ class MaskCoder:
             self._coded[asked] = coded
         return self._coded[asked]
 
+    def encode_support(self, support: Mask, known: Mask | None) -> tuple[int, bytes]:
+        """As `encode`, for the coordinates of a part, which may be any; known: the message's mask."""
+        if known is not None and torch.equal(support.flat, ~known.flat):
+            return COMPLEMENT, b""
+        if not self._cut_beyond(support):
+            return self.encode(support, known)
+        code, data = self._everything.encode(support, known)
+        return EVERYTHING | code, data
+
+    def decode_support(self, code: int, data: bytes, known: Mask | None) -> Mask | None:
+        """The support that was encoded. Raises WireError for anything that cannot be."""
+        if code == COMPLEMENT and known is not None:
+            expect(not data, f"a support coded as complement has {len(data)} bytes; none were expected")
+            return ~known
+        if code & EVERYTHING:
+            return self._everything.decode(code & ~EVERYTHING, data, known)
+        return self.decode(code, data, known)
+
+    @cached_property
+    def _everything(self) -> MaskCoder:
+        return MaskCoder(self.layout, self.layout.names, self.entropy)
+
     def decode(self, code: int, data: bytes, known: Mask | None) -> Mask | None:
         """The mask that was encoded; known: the receiver's. Raises WireError for anything that cannot be."""
         expect(code < len(CODER_NAMES), f"a payload names mask coder {code}; there are {len(CODER_NAMES)}")
         expect(
-            known is not None or code not in (KNOWN, DIFFERENCE),
+            known is not None or code not in (KNOWN, DIFFERENCE, COMPLEMENT),
             "a payload refers to a mask that the receiver does not know",
         )
+        expect(code != COMPLEMENT, "a payload says that a mask is a complement; only the support of a part may be one")
         if code in (NONE, KNOWN):
             expect(not data, f"a mask coded as {CODER_NAMES[code]} has {len(data)} bytes; none were expected")
             return known if code == KNOWN else None
@@ -211,11 +242,15 @@ class MaskCoder:
         return random_mask(self.layout, self.prunable, counts, Key(bytes(data[:16])))
 
     def _gather(self, mask: Mask) -> np.ndarray:
-        flat = mask.flat.numpy()
-        fixed = [n for n in self.layout.names if n not in self.prunable and not flat[self.layout.spans[n]].all()]
+        flat, fixed = mask.flat.numpy(), self._cut_beyond(mask)
         if fixed:
             raise ValueError(f"a mask cuts {fixed[0]!r}, which is not prunable; see the settings under scope")
         return np.concatenate([flat[self.layout.spans[name]] for name in self.prunable] or [np.empty(0, np.bool_)])
+
+    def _cut_beyond(self, mask: Mask) -> list[str]:
+        """Names that are not prunable and that the mask cuts."""
+        flat, spans = mask.flat.numpy(), self.layout.spans
+        return [name for name in self.layout.names if name not in self.prunable and not flat[spans[name]].all()]
 
     def _scatter(self, kept: np.ndarray) -> Mask:
         flat = np.ones(self.layout.size, np.bool_)
