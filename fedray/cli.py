@@ -429,4 +429,17 @@ def _partition(arguments: list[str]) -> None:
     partition_command(arguments, parser=_Parser, deal=deal)
 
 
-COMMANDS = {"export": _export, "partition": _partition, "reprice": _reprice, "resume": _resume, "table": _table}
+def _check(arguments: list[str]) -> None:
+    from fedray.testing.command import check_command
+
+    check_command(arguments, parser=_Parser)
+
+
+COMMANDS = {
+    "check": _check,
+    "export": _export,
+    "partition": _partition,
+    "reprice": _reprice,
+    "resume": _resume,
+    "table": _table,
+}

@@ -185,8 +185,15 @@ class Config:
 
 
 def register() -> None:
-    """Make the schema known to Hydra; conf/config.yaml builds on it."""
+    """Make the schema known to Hydra, and `${share_of_rounds:0.5}`; conf/ builds on them."""
     ConfigStore.instance().store(name="fedray_schema", node=Config)
+    OmegaConf.register_new_resolver("share_of_rounds", _share_of_rounds, replace=True)
+
+
+def _share_of_rounds(share: float, *, _root_: DictConfig) -> int:
+    """That share of `rounds`, rounded down, at least 1: defaults that follow the length of a run."""
+    # Less a float error: 0.29 of 100 is 29.
+    return max(1, int(share * _root_.rounds + 1e-9))
 
 
 def conf_folder() -> str:

@@ -37,7 +37,7 @@ def _data_folder() -> Path | None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("ray") is not None:
+        if item.config.pluginmanager.hasplugin("xdist") and item.get_closest_marker("ray") is not None:
             # Where tests go through several processes, those of a file that share a cluster stay together.
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if _data_folder() is None:

@@ -42,6 +42,8 @@ DOORS: dict[str, set[str]] = {
     "report": {"track", "costs", "keys"},
 }
 DOORS["config"] = set(DOORS) | {"sim"}
+# Checks of a pruner run it in a tiny federation, from a yaml that `config` turns into a policy.
+DOORS["testing"] = set(DOORS)
 DOORS["launch"] = set(DOORS)
 DOORS["cli"] = set(DOORS)
 DOORS["__main__"] = {"cli"}
@@ -53,7 +55,7 @@ GUARDED: dict[str, tuple[str, ...]] = {
     "wandb": ("track.wandb", "report.wandb"),
     "wandb_workspaces": ("report.wandb",),
     "hydra": ("config", "cli", "__main__"),
-    "omegaconf": ("config", "cli", "__main__"),
+    "omegaconf": ("config", "cli", "__main__", "testing.load"),
 }
 
 
@@ -229,4 +231,18 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     # Actors and the command line import it first; what is slow to load waits until it is needed.
     code = "import sys, fedray; print(sorted({'torch', 'ray', 'wandb', 'hydra', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_the_plug_in_of_pytest_loads_nothing_heavy() -> None:
+    # pytest imports it in every project of an environment that has fedray.
+    code = """
+        import sys
+        import fedray.testing.plugin
+        heavy = {"torch", "numpy", "ray", "hydra", "omegaconf", "fedray.round", "fedray.testing.conform"}
+        print(sorted(heavy & set(sys.modules)))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -70,6 +70,10 @@ class ResNet(nn.Module):
 
 
 class _Block(nn.Module):
+    """Two convolutions beside a shortcut. `residual_branch` and `skipped` are for `find_structure`."""
+
+    residual_branch: ClassVar = ("conv1", "norm1", "conv2", "norm2")
+
     def __init__(self, before: int, width: int, stride: int, norm: Norm, groups: int, shortcut: Shortcut) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(before, width, 3, stride, padding=1, bias=False)
@@ -77,12 +81,15 @@ class _Block(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.norm2 = make_norm(norm, width, groups)
         self.stride, self.added = stride, width - before
+        self.skipped = False
         self.shortcut: nn.Module | None = None
         if shortcut == "projection" and (stride > 1 or self.added):
             projection = nn.Conv2d(before, width, 1, stride, bias=False)
             self.shortcut = nn.Sequential(projection, make_norm(norm, width, groups))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.skipped:
+            return F.relu(self._identity(x))
         out = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
         return F.relu(out + self._identity(x))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -188,11 +189,18 @@ def _blocks(width: int, layers: int, heads: int, dropout: float, *, causal: bool
 
 
 class _Block(nn.Module):
-    """Attention, then two linear layers; each reads a norm of the stream and adds to it."""
+    """Attention, then two linear layers; each reads a norm of the stream and adds to it.
+
+    The class attributes and `skipped` are for `find_structure`.
+    """
+
+    residual_branch: ClassVar = ("norm1", "attention", "projection", "norm2", "expansion", "contraction")
+    fused_attention: ClassVar = ("attention", "projection")
 
     def __init__(self, width: int, heads: int, dropout: float, causal: bool) -> None:
         super().__init__()
-        self.heads, self.causal, self.rate = heads, causal, dropout
+        self.head_width, self.causal, self.rate = width // heads, causal, dropout
+        self.skipped = False
         self.norm1 = nn.LayerNorm(width)
         self.attention = nn.Linear(width, 3 * width)
         self.projection = nn.Linear(width, width)
@@ -202,12 +210,14 @@ class _Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, read: Tensor | None) -> Tensor:
+        if self.skipped:
+            return x
         x = x + self.dropout(self.projection(self._attended(self.norm1(x), read)))
         return x + self.dropout(self.contraction(F.gelu(self.expansion(self.norm2(x)), approximate="tanh")))  # type: ignore[no-any-return]
 
     def _attended(self, x: Tensor, read: Tensor | None) -> Tensor:
-        batch, length, width = x.shape
-        query, key, value = self.attention(x).view(batch, length, 3, self.heads, width // self.heads).unbind(2)
+        batch, length, _ = x.shape
+        query, key, value = self.attention(x).view(batch, length, 3, -1, self.head_width).unbind(2)
         mixed: Tensor = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -216,7 +226,7 @@ class _Block(nn.Module):
             dropout_p=self.rate if self.training else 0.0,
             is_causal=self.causal,
         )
-        return mixed.transpose(1, 2).reshape(batch, length, width)
+        return mixed.transpose(1, 2).flatten(2)
 
 
 def _initialise(module: nn.Module, layers: int) -> None:

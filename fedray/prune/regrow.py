@@ -5,16 +5,34 @@
 
 They are two steps because a method may look at the gradient at the point in between, where what was dropped
 is zero. A coordinate that grows starts at zero, also one that was dropped a moment ago:
-`restrict(restrict(params, pruned), grown)`.
+`restrict(restrict(params, pruned), grown)`. Where what is dropped does not compete, `swap` does both in one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Literal
 
+from fedray.keys import Key
+from fedray.prune.allocate import FLOAT_ERROR
 from fedray.prune.score import magnitude
-from fedray.prune.select import keep_top
+from fedray.prune.select import keep_top, random_mask
 from fedray.tree import Mask, Tree
+
+
+def first_mask(
+    params: Tree,
+    counts: Mapping[str, int],
+    initial: Literal["magnitude", "random"],
+    key: Key,
+    *,
+    names: tuple[str, ...],
+) -> Mask:
+    """The mask to start from: the largest magnitudes of each tensor, or coordinates drawn by `key`."""
+    if initial == "random":
+        return random_mask(params.layout, names, counts, key)
+    return keep_top(magnitude(params), counts, names=names)
 
 
 def drop(params: Tree, mask: Mask, counts: Mapping[str, int], *, names: tuple[str, ...]) -> Mask:
@@ -46,6 +64,34 @@ def grow(
     first = {name: min(missing[name], free[name]) for name in names}
     grown = mask | keep_top(score, first, names=names, within=first_choice)
     return grow(gradient, grown, counts, names=names)
+
+
+def num_swaps(
+    mask: Mask, ratio: float, *, names: tuple[str, ...], among: tuple[str, ...] | None = None
+) -> dict[str, int]:
+    """How many of each named tensor to swap: floor(ratio * kept), and no more than are dropped.
+
+    ratio: in [0, 1]. among: the tensors in which any are swapped; all of `names` without it.
+    A tensor that is kept whole has nothing to grow: what it lost could only come back, at zero.
+    """
+    numbers = {}
+    for name, kept in mask.counts(names).items():
+        dropped = mask[name].numel() - kept
+        swapped = min(math.floor(ratio * kept + FLOAT_ERROR), dropped)
+        numbers[name] = swapped if among is None or name in among else 0
+    return numbers
+
+
+def swap(params: Tree, score: Tree, mask: Mask, numbers: Mapping[str, int], *, names: tuple[str, ...]) -> Mask:
+    """Drop the `numbers[name]` smallest magnitudes of each tensor, and grow as many of what `mask` had dropped before:
+    those of the largest |score|.
+
+    What is dropped here does not compete, so the score need not be known where the mask keeps. Ties go to the lower
+    flat index. Raises ConfigError for a number above what is kept or dropped: see `num_swaps`.
+    """
+    counts = mask.counts(names)
+    pruned = drop(params, mask, {name: count - numbers[name] for name, count in counts.items()}, names=names)
+    return pruned | (keep_top(magnitude(score), numbers, names=names, within=~mask) & ~mask)
 
 
 def recut(params: Tree, mask: Mask, union: Mask, *, names: tuple[str, ...]) -> Mask:

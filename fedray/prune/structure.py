@@ -7,7 +7,7 @@ the groups of a model are found is `models.structure`; here is what masks have t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -18,9 +18,67 @@ from torch import Tensor
 from fedray.errors import ConfigError
 from fedray.tree import Layout, Mask, Tree
 
+NO_BUFFERS = Layout((), ())
+
 UnitKind = Literal["filter", "neuron", "head", "block"]
 Kept = Mapping[str, Tensor]
 """By group, bool (size,): which of its units stay."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slices:
+    """What a physically smaller model has of each tensor.
+
+    kept: by the name of a parameter or buffer, for each dimension the positions that stay, ascending, int64; None
+          where all of them do. A tensor that is not named is whole.
+    gone: names of tensors that the smaller model does not have, for their block is skipped.
+    skipped: names of those blocks.
+    """
+
+    kept: Mapping[str, tuple[np.ndarray | None, ...]]
+    gone: frozenset[str] = frozenset()
+    skipped: frozenset[str] = frozenset()
+    _found: dict[Layout, tuple[Layout, Tensor]] = field(default_factory=dict, repr=False)
+
+    def cut(self, name: str, tensor: Tensor) -> Tensor:
+        """What stays of one tensor; a copy where something goes."""
+        for dim, lines in enumerate(self.kept.get(name, ())):
+            if lines is not None:
+                tensor = tensor.index_select(dim, torch.from_numpy(lines).to(tensor.device))
+        return tensor
+
+    def layout(self, whole: Layout) -> Layout:
+        """The layout of the smaller model's tensors that lie in `whole`."""
+        return self._places(whole)[0]
+
+    def positions(self, whole: Layout) -> Tensor:
+        """Where the smaller model's coordinates lie in a flat tensor under `whole`, ascending, int64."""
+        return self._places(whole)[1]
+
+    def take(self, tree: Tree) -> Tree:
+        """The coordinates that stay."""
+        layout, positions = self._places(tree.layout)
+        return Tree(layout, tree.flat[positions])
+
+    def take_mask(self, mask: Mask) -> Mask:
+        """The mask of the coordinates that stay."""
+        layout, positions = self._places(mask.layout)
+        return Mask(layout, mask.flat[positions])
+
+    def put(self, base: Tree, small: Tree) -> Tree:
+        """`base` with the coordinates of `small`, which came of `take`, in the place of its own."""
+        return Tree(base.layout, base.flat.index_copy(0, self.positions(base.layout), small.flat))
+
+    def _places(self, whole: Layout) -> tuple[Layout, Tensor]:
+        if whole not in self._found:
+            tensors, pieces = {}, [torch.empty(0, dtype=torch.int64)]
+            for name, span in whole.spans.items():
+                if name not in self.gone:
+                    block = torch.arange(span.start, span.stop).view(whole.shape(name))
+                    tensors[name] = self.cut(name, block)
+                    pieces.append(tensors[name].reshape(-1))
+            self._found[whole] = Layout.of(tensors), torch.cat(pieces)
+        return self._found[whole]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +113,15 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """All groups of a model over the layout of its parameters."""
+    """All groups of a model over the layout of its parameters.
+
+    left_out: of layers whose units cannot be cut whole, a sentence each that says why. buffers: their layout.
+    """
 
     layout: Layout
     groups: tuple[Group, ...]
+    left_out: tuple[str, ...] = ()
+    buffers: Layout = NO_BUFFERS
 
     @cached_property
     def by_name(self) -> Mapping[str, Group]:
@@ -72,6 +135,57 @@ class Structure:
             for member in group.members:
                 found.setdefault((member.tensor, member.dim), []).append((group, member))
         return {axis: tuple(pairs) for axis, pairs in found.items()}
+
+    def over(self, layout: Layout) -> Structure:
+        """The structure over other parameters of the same model, such as those that the server owns.
+
+        Groups of which no parameter there computes a unit are left out; of the others masks cut what is there.
+        """
+        if layout == self.layout:
+            return self
+        owned = [any(m.output and m.tensor in layout.spans for m in group.members) for group in self.groups]
+        sentences = tuple(
+            f"{group.name}: what computes its units stays with clients"
+            for group, there in zip(self.groups, owned, strict=True)
+            if not there
+        )
+        groups = tuple(group for group, there in zip(self.groups, owned, strict=True) if there)
+        return replace(self, layout=layout, groups=groups, left_out=self.left_out + sentences)
+
+    def slices(self, mask: Mask | None) -> Slices | None:
+        """What is left of each tensor without the units that `mask` cuts whole: with all parameters that belong to
+        them, those that read them included. None where there is no such unit.
+
+        Of a group that would lose more than it may, the first unit stays, under the mask.
+        """
+        if mask is None:
+            return None
+        kept: dict[str, Tensor] = {}
+        gone: set[str] = set()
+        skipped: set[str] = set()
+        for group in self.groups:
+            left = torch.zeros(group.size, dtype=torch.bool)
+            for member in group.members:
+                if member.tensor in self.layout.spans:
+                    left |= _alive(mask, member)
+            if group.kind == "block":
+                if not left.any():
+                    skipped.add(group.name)
+                    gone.update(member.tensor for member in group.members)
+            elif not left.all():
+                if int(left.sum()) < group.least:
+                    left[: group.least] = True
+                kept[group.name] = left
+        axes: dict[str, list[np.ndarray | None]] = {}
+        for tensor, dim in self.axes:
+            whole = self.layout if tensor in self.layout.spans else self.buffers
+            shape = whole.shape(tensor)
+            lines = None if tensor in gone else self._lines(tensor, dim, shape[dim], kept)
+            if lines is not None and not lines.all():
+                axes.setdefault(tensor, [None] * len(shape))[dim] = np.flatnonzero(lines.numpy())
+        if not axes and not gone:
+            return None
+        return Slices({name: tuple(dims) for name, dims in axes.items()}, frozenset(gone), frozenset(skipped))
 
     def mask(self, kept: Kept) -> Mask:
         """The mask that cuts what belongs to units that go; a group that `kept` does not name stays whole."""
@@ -95,8 +209,7 @@ class Structure:
                     if mask is None:
                         left[:] = True
                         continue
-                    block = mask[member.tensor].movedim(member.dim, 0).flatten(1).any(1)
-                    left |= block[torch.from_numpy(member.positions)].any(1)
+                    left |= _alive(mask, member)
             found[group.name] = left
         return found
 
@@ -105,8 +218,8 @@ class Structure:
         total, count = torch.zeros(group.size, dtype=torch.float64), 0
         for member in group.members:
             if member.output and member.tensor in self.layout.spans:
-                lines = score[member.tensor].double().movedim(member.dim, 0).flatten(1)
-                own = lines[torch.from_numpy(member.positions)].flatten(1)
+                block = score[member.tensor].double().movedim(member.dim, 0)
+                own = block.reshape(len(block), -1)[torch.from_numpy(member.positions)].flatten(1)
                 total += own.sum(1)
                 count += own.shape[1]
         if not count:
@@ -124,3 +237,10 @@ class Structure:
             gone = torch.from_numpy(member.positions)[~kept[group.name]]
             lines[gone.flatten()] = False
         return lines
+
+
+def _alive(mask: Mask, member: Member) -> Tensor:
+    """bool (size,): of which units a mask leaves any coordinate in this tensor."""
+    block = mask[member.tensor].movedim(member.dim, 0)
+    lines = block.reshape(len(block), -1).any(1)
+    return lines[torch.from_numpy(member.positions)].any(1)

@@ -7,12 +7,11 @@ from typing import ClassVar, Literal, final
 
 from fedray.errors import ConfigError
 from fedray.prune.allocate import ALLOCATIONS, BUDGETS, ROUNDINGS, Allocation, Budget, Rounding
-from fedray.prune.regrow import drop, grow, recut
+from fedray.prune.regrow import drop, first_mask, grow, recut
 from fedray.prune.schedule import cosine
-from fedray.prune.select import random_mask
 from fedray.round import Context, Fit, Message, Policy, RunFacts, Server, refuse
 from fedray.sums import Sums
-from fedray.tree import Layout, Mask
+from fedray.tree import Layout
 
 
 @final
@@ -35,7 +34,7 @@ class FedDST(Policy[None, None]):
     budget, rounding: what the sparsity is a fraction of, and how counts are rounded: see `prune.allocate`.
     """
 
-    cuts: ClassVar[Literal["none", "weights"]] = "weights"
+    cuts: ClassVar[Literal["none", "weights", "structures", "both"]] = "weights"
 
     sparsity: float
     allocation: Allocation = "erk"
@@ -63,6 +62,12 @@ class FedDST(Policy[None, None]):
         refuse(self.budget not in BUDGETS, "budget", self.budget, f"choose {' or '.join(BUDGETS)}")
         refuse(self.rounding not in ROUNDINGS, "rounding", self.rounding, f"choose {' or '.join(ROUNDINGS)}")
 
+    def sparsity_after(self, round: int) -> float:
+        return self.sparsity
+
+    def changes_masks(self, round: int) -> bool:
+        return round == 0 or (round % self.every == 0 and round < self.until)
+
     def check(self, run: RunFacts) -> None:
         sent = [name for _, policy in run.policies for name in policy.parts(Layout((), ()), Layout((), ()))]
         if "delta" not in sent:
@@ -71,12 +76,11 @@ class FedDST(Policy[None, None]):
     def init_server(self, server: Server, ctx: Context) -> tuple[Server, None]:
         layout, names, allocate = server.params.layout, ctx.prunable, ALLOCATIONS[self.allocation]
         counts = allocate(layout, names, self.sparsity, budget=self.budget, rounding=self.rounding)
-        if self.initial == "random":
-            return server.cut(random_mask(layout, names, counts, ctx.key.fold("random mask"))), None
-        return server.cut(drop(server.params, Mask.full(layout), counts, names=names)), None
+        key = ctx.key.fold("random mask")
+        return server.cut(first_mask(server.params, counts, self.initial, key, names=names)), None
 
     def end(self, fit: Fit, message: Message, memory: None, ctx: Context) -> tuple[Fit, Message, None]:
-        if not self._due(ctx.round) or fit.num_steps == 0:
+        if not self.changes_masks(ctx.round) or fit.num_steps == 0:
             return fit, message, memory
         assert fit.mask is not None
         assert ctx.probe is not None
@@ -92,10 +96,7 @@ class FedDST(Policy[None, None]):
         return fit.cut(pruned).cut(grown), message, memory
 
     def settle(self, server: Server, sums: Sums, memory: None, ctx: Context) -> tuple[Server, Sums, None]:
-        if not self._due(ctx.round) or "delta" not in sums:
+        if not self.changes_masks(ctx.round) or "delta" not in sums:
             return server, sums, memory
         assert server.mask is not None
         return server.cut(recut(server.params, server.mask, sums.support("delta"), names=ctx.prunable)), sums, memory
-
-    def _due(self, number: int) -> bool:
-        return number % self.every == 0 and number < self.until

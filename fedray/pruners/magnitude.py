@@ -35,7 +35,8 @@ class Magnitude(Policy[None, None]):
     budget, rounding: what the sparsity is a fraction of, and how counts are rounded: see `prune.allocate`.
     """
 
-    cuts: ClassVar[Literal["none", "weights"]] = "weights"
+    cuts: ClassVar[Literal["none", "weights", "structures", "both"]] = "weights"
+    regrown: ClassVar[Literal["zero", "held"]] = "held"
 
     sparsity: float
     ranking: Literal["local", "global"] = "local"
@@ -60,6 +61,13 @@ class Magnitude(Policy[None, None]):
         refuse(self.budget not in BUDGETS, "budget", self.budget, f"choose {' or '.join(BUDGETS)}")
         refuse(self.rounding not in ROUNDINGS, "rounding", self.rounding, f"choose {' or '.join(ROUNDINGS)}")
 
+    def sparsity_after(self, round: int) -> float:
+        times = {"start": self.start, "end": self.finish, "every": self.every}
+        return sparsity_at(round, kind=self.schedule, sparsity=self.sparsity, **times)
+
+    def changes_masks(self, round: int) -> bool:
+        return is_event(round, kind=self.schedule, start=self.start, end=self.finish, every=self.every)
+
     def check(self, run: RunFacts) -> None:
         field, last = ("start", self.start) if self.schedule == "one_shot" else ("finish", self.finish)
         if last > run.rounds:
@@ -72,19 +80,15 @@ class Magnitude(Policy[None, None]):
         return self._prune(server, ctx), None
 
     def begin(self, message: Message, job: Job, memory: None, ctx: Context) -> tuple[Message, Job, None]:
-        return message, job if self.sticky or not self._due(ctx.round) else replace(job, mask=None), memory
+        return message, job if self.sticky or not self.changes_masks(ctx.round) else replace(job, mask=None), memory
 
     def settle(self, server: Server, sums: Sums, memory: None, ctx: Context) -> tuple[Server, Sums, None]:
         return self._prune(server, ctx), sums, memory
 
-    def _due(self, number: int) -> bool:
-        return is_event(number, kind=self.schedule, start=self.start, end=self.finish, every=self.every)
-
     def _prune(self, server: Server, ctx: Context) -> Server:
-        if not self._due(ctx.round):
+        if not self.changes_masks(ctx.round):
             return server
-        times = {"start": self.start, "end": self.finish, "every": self.every}
-        sparsity = sparsity_at(ctx.round, kind=self.schedule, sparsity=self.sparsity, **times)
+        sparsity = self.sparsity_after(ctx.round)
         layout, names, score = server.params.layout, ctx.prunable, magnitude(server.params)
         within = server.mask if self.sticky else None
         if self.ranking == "global":

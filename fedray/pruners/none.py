@@ -12,3 +12,9 @@ from fedray.round import Policy
 @dataclass(frozen=True, kw_only=True)
 class NoPruning(Policy[None, None]):
     """Every hook is the identity: the server has no mask, and clients train densely."""
+
+    def sparsity_after(self, round: int) -> float:
+        return 0.0
+
+    def changes_masks(self, round: int) -> bool:
+        return False

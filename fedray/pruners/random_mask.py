@@ -24,7 +24,7 @@ class Random(Policy[None, None]):
     budget, rounding: what the sparsity is a fraction of, and how counts are rounded: see `prune.allocate`.
     """
 
-    cuts: ClassVar[Literal["none", "weights"]] = "weights"
+    cuts: ClassVar[Literal["none", "weights", "structures", "both"]] = "weights"
 
     sparsity: float
     allocation: Allocation = "erk"
@@ -36,6 +36,12 @@ class Random(Policy[None, None]):
         refuse(self.allocation not in ALLOCATIONS, "allocation", self.allocation, f"choose {', '.join(ALLOCATIONS)}")
         refuse(self.budget not in BUDGETS, "budget", self.budget, f"choose {' or '.join(BUDGETS)}")
         refuse(self.rounding not in ROUNDINGS, "rounding", self.rounding, f"choose {' or '.join(ROUNDINGS)}")
+
+    def sparsity_after(self, round: int) -> float:
+        return self.sparsity
+
+    def changes_masks(self, round: int) -> bool:
+        return round == 0
 
     def init_server(self, server: Server, ctx: Context) -> tuple[Server, None]:
         layout, names = server.params.layout, ctx.prunable

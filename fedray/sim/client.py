@@ -19,6 +19,7 @@ from torch import nn
 from fedray.errors import ClientError, ConfigError, FedrayError, WireError
 from fedray.keys import Key
 from fedray.models.normalisation import from_second_moments, second_moments
+from fedray.models.structure import find_structure
 from fedray.models.task import kinds, layouts, prunable_names
 from fedray.prune.structure import Structure
 from fedray.round import (
@@ -212,8 +213,6 @@ class Worker:
         self.population = population
         self.structure: Structure | None = None
         if cuts_units(spec):
-            from fedray.models.structure import find_structure  # TEMP
-
             sample = try_inputs(1, population.sample_shape, population.vocabulary)
             self.structure = find_structure(spec.task.module(spec.key.fold("model")), sample)
         self.engine = Engine(
@@ -224,7 +223,7 @@ class Worker:
             kind=spec.trainer.engine,
             vocabulary=population.vocabulary,
             kept=kept_names(spec.task.module(spec.key.fold("model")), spec) if keepers(spec) else frozenset(),
-            **({"structure": self.structure} if self.structure is not None else {}),  # TEMP
+            structure=self.structure,
         )
         self.origin, self.origin_buffers, self.local, self.local_buffers = self.engine.origin()
         names = prunable_names(self.engine.module, spec.task.scope)
@@ -592,7 +591,7 @@ class Worker:
             prunable=self.prunable,
             lr=spec.trainer.learning_rate.at(round, spec.rounds),
             server_lr=spec.server_rate.at(round, spec.rounds),
-            flow=getattr(self.engine, "flow", None),  # TEMP
+            flow=self.engine.flow,
             structure=self.structure,
             client=self.population.info(client),
             known=None if record is None else record.known,

@@ -377,7 +377,7 @@ class Driver:
             cohort=cohort,
             origin=self.worker.origin,
             prunable=self.worker.prunable,
-            flow=getattr(self.worker.engine, "flow", None),  # TEMP
+            flow=self.worker.engine.flow,
             structure=self.worker.structure,
             flops=self.flops,
             probe=self.worker.public_probe(spec.key.fold("round", round, "public")),

@@ -5,7 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar, get_args
+
+import torch
 
 from fedray import tree
 from fedray.round import Context, Fit, Job, Message, Part, PartSpec, Server
@@ -15,6 +17,12 @@ from fedray.tree import Layout, Tree
 
 M = TypeVar("M")
 C = TypeVar("C")
+Average = Literal["holders", "all"]
+"""Over whom a coordinate is averaged: the clients that vouch for it, or all that answered, where the others count as
+no difference."""
+AVERAGES: tuple[str, ...] = get_args(Average)
+VOTES = "votes"
+ONE = Layout((VOTES,), ((),))
 
 
 class SendsDifferences(ABC, Generic[M, C]):
@@ -56,6 +64,30 @@ class SendsDifferences(ABC, Generic[M, C]):
             return server, sums, memory
         params, memory = self.step(server, sums, memory, ctx)
         return settle_buffers(replace(server, params=params), sums), sums, memory
+
+
+def votes_spec(average: Average) -> dict[str, PartSpec]:
+    """The part that says how much all clients count, where a mean over all of them needs it: nobody vouches for
+    everything that others vouch for, so the weights of differences do not tell."""
+    return {VOTES: PartSpec(layout=ONE, direction="up", lossy=False)} if average == "all" else {}
+
+
+def put_vote(message: Message, average: Average, *, weight: float) -> Message:
+    """The message with this client's vote, where the mean needs it."""
+    if average == "holders":
+        return message
+    return message.put(VOTES, Part(value=Tree(ONE, torch.ones(1)), weight=weight))
+
+
+def mean_difference(sums: Sums, average: Average) -> Tree:
+    """The weighted mean of the differences by coordinate, zero where nobody vouches; in any order the same bits.
+
+    Over all it is the mean over holders times their share of the weight, which is exactly 1 where all are holders.
+    """
+    mean = sums.mean("delta", otherwise=0.0)
+    if average == "holders":
+        return mean
+    return Tree(mean.layout, mean.flat * (sums.weight("delta") / sums.weight(VOTES)))
 
 
 def difference(fit: Fit) -> Tree:

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from fedray.round import Fit, Job, Message, Part, PartSpec, Server
 from fedray.sums import Sums
-from fedray.tree import Layout, Tree
+from fedray.tree import Layout, Tree, restrict
 
 Weighting = Literal["examples", "uniform"]
 WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
@@ -23,8 +23,12 @@ def model_specs(params: Layout, buffers: Layout) -> dict[str, PartSpec]:
 
 
 def send_model(server: Server, message: Message) -> Message:
-    """The message with the server's parameters under its mask, and the buffers whole."""
-    message = replace(message.put("params", Part(value=server.params, support=server.mask)), mask=server.mask)
+    """The message with the server's parameters under its mask, and the buffers whole. A policy further in that sends
+    each client a mask of its own has put it into the message: then the parameters are those under that one."""
+    own = message.mask is not None
+    mask = message.mask if own else server.mask
+    params = restrict(server.params, mask) if own else server.params
+    message = replace(message.put("params", Part(value=params, support=mask)), mask=mask)
     return put_buffers(message, server.buffers, weight=1.0)
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,22 @@ from torch import Tensor
 from fedray.errors import ConfigError
 from fedray.keys import Key
 from fedray.models.normalisation import statistics
-from fedray.models.task import PLAIN, Task, buffers_of, constants, float_buffers, layouts, params_of, trainable
+from fedray.models.task import (
+    PLAIN,
+    Regression,
+    Task,
+    buffers_of,
+    constants,
+    float_buffers,
+    layouts,
+    params_of,
+    trainable,
+)
+from fedray.prune.structure import Slices, Structure
 from fedray.round import Evidence, Fit, Job, Loss, Message, View
+from fedray.train import evidence as looks
 from fedray.train.buffers import Arrangement
+from fedray.train.shrink import Submodel, hidden_tensors, larger_fit, part_job, smaller_job, smaller_task
 from fedray.train.traced import NotTraceable, TracedStep, first_line
 from fedray.tree import Mask, Tree, put, restrict, take
 
@@ -30,6 +43,7 @@ EngineKind = Literal["auto", "eager", "traced"]
 MOST_RECORDED_LAYERS = 12
 """Above it "auto" does not record: it takes each process up to 20 s, and big operators leave little to save."""
 MASKS_KEPT = 4  # a round shares one
+SMALLER_KEPT = 16  # smaller models; each has weights and gradients of its own
 PROBE_CHUNK = 1000  # samples; bounds the memory of a probe over all of a client's data
 
 
@@ -115,11 +129,19 @@ class Engine:
         kind: EngineKind,
         vocabulary: int | None = None,
         kept: frozenset[str] = frozenset(),
+        structure: Structure | None = None,
+        recorded: TracedStep | None = None,
     ) -> None:
         """vocabulary: how many tokens there are, if samples are tokens. kept: names of the tensors that stay with
-        clients: jobs and fits have them apart, as `local` and `local_buffers`."""
+        clients: jobs and fits have them apart, as `local` and `local_buffers`.
+
+        structure: the model's units, for jobs that train a smaller model. recorded: the step of a model that differs
+        in sizes alone, which is taken where it gives this one's gradients.
+        """
         self.task = task
+        self.sample_shape = sample_shape
         self.vocabulary = vocabulary
+        self.key = key
         self.kept = kept
         self.device = torch.device(device)
         self.module = task.module(key)
@@ -150,7 +172,13 @@ class Engine:
         self._step: TracedStep | None = None
         # A part that the module's constructor left in evaluation mode would not stay so from one call to the next.
         self.module.train()
-        self.kind, self.reason = self._resolve(kind, sample_shape)
+        self.structure = None if structure is None else structure.over(self.params_layout)
+        self._slices: dict[bytes, Slices | None] = {}
+        self._smaller: dict[object, Engine] = {}
+        self._submodels: dict[object, Submodel] = {}
+        self._factors: dict[float, Tensor] = {}
+        self._factor: Tensor | None = None
+        self.kind, self.reason = self._resolve(kind, sample_shape, recorded)
 
     def origin(self) -> Whole:
         """The initial weights, as they came from the key."""
@@ -186,10 +214,79 @@ class Engine:
     # -- training ------------------------------------------------------------------------------------------------
 
     def fit(self, job: Job, received: Message, samples: Samples, key: Key) -> Fit:
-        """Run a job on a client's samples. key: of this client in this round."""
+        """Run a job on a client's samples. key: of this client in this round.
+
+        Smaller models are built once for each set of shapes and kept; so are places of submodels.
+        """
+        if self.kept and job.local is None:
+            job = replace(job, local=self.origin().local, local_buffers=self.origin().local_buffers)
+        slices = self._slices_of(self.whole_mask(job.mask)) if job.shrink else None
+        if slices is None:
+            return self._fit(job, received, samples, key, self._parts(job, self, None))
+        runner = self._engine_of(slices)
+        parts = self._parts(job, runner, slices)
+        return larger_fit(runner._fit(smaller_job(job, slices), received, samples, key, parts), job, slices)
+
+    def _slices_of(self, mask: Mask | None) -> Slices | None:
+        if self.structure is None:
+            raise ConfigError(
+                "a job is to train the physically smaller model, and no policy of this run cuts structures; the policy "
+                "that sets Job.shrink says so by cuts = 'structures' or 'both'"
+            )
+        if mask is None:
+            return None
+        if mask.digest not in self._slices:
+            _bounded(self._slices)[mask.digest] = self.structure.slices(mask)
+        return self._slices[mask.digest]
+
+    def _engine_of(self, slices: Slices) -> Engine:
+        """The engine of a smaller model; one of other units of the same shapes serves as well."""
+        name = (slices.layout(self.params_layout), slices.skipped)
+        if name not in self._smaller:
+            # From what the module is when it is fresh, so that nothing depends on the jobs before.
+            self._load(self.origin_params, self.origin_buffers, None)
+            _bounded(self._smaller)[name] = Engine(
+                smaller_task(self.task, self.module, slices),
+                key=self.key,
+                sample_shape=self.sample_shape,
+                device=str(self.device),
+                kind="eager" if self._step is None else "auto",
+                vocabulary=self.vocabulary,
+                kept=self.kept,
+                recorded=self._step,
+            )
+        return self._smaller[name]
+
+    def _parts(self, job: Job, runner: Engine, held: Slices | None) -> list[_Part]:
+        """The submodels of a job that `runner` trains, which has `held` of the whole model."""
+        if not job.submodels:
+            return []
+        if job.sharpness or (job.distils and isinstance(self.task.objective, Regression)):
+            raise ConfigError(
+                "a job trains submodels, which goes neither with sharpness-aware steps nor with distillation in a "
+                "regression; take correction=none, or another pruner"
+            )
+        found = []
+        for part in job.submodels:
+            mask = self.whole_mask(part if job.mask is None else part & job.mask)
+            assert mask is not None
+            name = (None if job.mask is None else job.mask.digest, mask.digest, job.shrink)
+            slices = None if self.structure is None else self._slices_of(mask)
+            if name not in self._submodels or self._submodels[name].outer is not runner:
+                engine = self._engine_of(slices) if job.shrink and slices is not None else runner
+                _bounded(self._submodels)[name] = Submodel.of(runner, held, engine, slices, mask, self.buffers_layout)
+            submodel = self._submodels[name]
+            submodel.engine._mode(training=True)
+            submodel.engine._factor = submodel.engine._factor_of(job.scaler)
+            whole = submodel.places is not None and submodel.inner is None  # what is alive of it has its own engine
+            alone = partial(part_job, job, mask, slices) if whole and slices is not None else None
+            found.append(_Part(submodel, alone))
+        return found
+
+    def _fit(self, job: Job, received: Message, samples: Samples, key: Key, parts: list[_Part]) -> Fit:
         self._load_job(job)
         self._mode(training=True)
-        update = _Update(self, job)
+        update = _Update(self, job, parts, key)
         loss_sum = torch.zeros((), device=self.device)
         seen = 0
         with self._seeded(key, "dropout", traced=update.traced):
@@ -199,6 +296,7 @@ class Engine:
                 seen += size
         evidence: dict[Evidence, Tree] = {}
         if update.grad_sum is not None:
+            update.gather()
             evidence["grad_sum"] = self._shared(self.arrangement.logical(update.grad_sum))
         after = self.split(Tree(self.params_layout, self.arrangement.logical(self.weights)), self._read_buffers())
         return Fit(
@@ -212,7 +310,7 @@ class Engine:
             num_steps=job.num_steps,
             lr=job.lr,
             loss=float(loss_sum) / seen if seen else float("nan"),
-            num_seen=seen * (2 if job.sharpness else 1),
+            num_seen=seen * (2 if job.sharpness else 1) + update.num_taught,
             evidence=evidence,
         )
 
@@ -224,31 +322,89 @@ class Engine:
         *,
         wants: frozenset[Evidence],
         batch_size: int | None,
+        per_class: int | None = None,
+        loss: Loss | None = None,
     ) -> tuple[Mapping[str, float], Mapping[Evidence, Tree]]:
-        """Mean loss and, where wanted, the dense gradient at `view` restricted to its mask; see round.Probe."""
+        """Mean loss and the wanted evidence at `view` restricted to its mask; see round.Probe."""
+        minimised = PLAIN if loss is None else loss
         self._load_view(view)
         self._mode(training=True)
-        count = len(samples) if batch_size is None else min(batch_size, len(samples))
-        order = key.fold("probe").permutation(len(samples))[:count]
-        total, loss = self.arrangement.empty(), 0.0
-        with self._seeded(key, "probe", "dropout"):
+        targets = samples.y[samples.index] if per_class is not None else samples.index
+        order = looks.chosen(targets, key.fold("probe"), batch_size=batch_size, per_class=per_class)
+        count = len(order)
+        total, mean = self.arrangement.empty(), 0.0
+        gradient = self._autograd if "hvp" in wants else self.gradient  # both passes must drop the same units
+        with self._seeded(key, "probe", "dropout", traced="hvp" not in wants):
             for start in range(0, count, PROBE_CHUNK):
                 x, y = samples.take(order[start : start + PROBE_CHUNK], self.device)
-                loss += float(self.gradient(x, y)) * len(y) / count
+                mean += float(gradient(x, y, minimised)) * len(y) / count
                 total.add_(self.grads, alpha=len(y) / count)
         evidence: dict[Evidence, Tree] = {}
         if "grad" in wants:
             evidence["grad"] = self._shared(self.arrangement.logical(total))
-        return {"loss": loss}, evidence
+        if "hvp" in wants:
+            mask = self.whole_mask(view.mask)
+            vector = self.arrangement.views(total if mask is None else total.mul_(self.mask(mask)))
+            product = self.arrangement.empty()
+            with self._seeded(key, "probe", "dropout", traced=False):
+                for start in range(0, count, PROBE_CHUNK):
+                    x, y = samples.take(order[start : start + PROBE_CHUNK], self.device)
+                    self.grads.zero_()
+                    looks.add_curvature(self.module, self.task.objective, x, y, minimised, vector)
+                    product.add_(self.grads, alpha=len(y) / count)
+            evidence["hvp"] = self._shared(self.arrangement.logical(product))
+        return {"loss": mean}, evidence
+
+    def flow(self, params: Tree, buffers: Tree, mask: Mask | None) -> Tree:
+        """The flow through the model without data, of what the server owns, float32; see round.Flow.
+
+        Raises ConfigError for a model of tokens, NumericError where the flow is beyond float64.
+        """
+        if self.vocabulary is not None:
+            raise ConfigError(
+                f"the model is {type(self.module).__name__}; it takes tokens, and a flow without data needs an input "
+                "of ones: take a pruner that looks at data, such as pruner=snip"
+            )
+        self._load_view(View(params=params, buffers=buffers, mask=mask))
+        self._mode(training=False)
+        found = looks.flow(self.module, self.weight_views, self.sample_shape, self.device, self.params_layout)
+        return self._shared(found.float().cpu())
 
     def gradient(self, x: Tensor, y: Tensor, loss: Loss = PLAIN) -> Tensor:
         """Fill `self.grads` with the batch gradient at `self.weights`; returns the mean loss."""
         if self._step is not None and loss == PLAIN:
-            with torch.inference_mode():
+            with torch.inference_mode(), self.rescaled():
                 value, *grads = self._step.gradients(self.weight_views, x, y)
                 torch._foreach_copy_(self.grad_views, grads)
             return value
-        return self._autograd(x, y, loss)
+        with self.rescaled():
+            return self._autograd(x, y, loss)
+
+    @contextmanager
+    def rescaled(self) -> Iterator[None]:
+        """A gradient that is taken inside is that of the model whose hidden outputs are divided by the job's scaler.
+
+        (Wx + b) / s is (W/s)x + b/s, and the gradient of W is that of W/s, divided by s.
+        """
+        if self._factor is None:
+            yield
+            return
+        here = self.weights.clone()
+        with torch.no_grad():
+            self.weights.mul_(self._factor)
+        yield
+        with torch.no_grad():
+            self.weights.copy_(here)
+            self.grads.mul_(self._factor)
+
+    def _factor_of(self, scaler: float) -> Tensor | None:
+        """What each weight is multiplied by in `rescaled`, in working order; None for no scaler."""
+        if scaler == 1.0:
+            return None
+        if scaler not in self._factors:
+            hidden = self.chosen(hidden_tensors(self.module))
+            _bounded(self._factors)[scaler] = torch.where(hidden, 1.0 / scaler, 1.0).to(self.weights.dtype)
+        return self._factors[scaler]
 
     def _autograd(self, x: Tensor, y: Tensor, loss: Loss = PLAIN) -> Tensor:
         self.grads.zero_()
@@ -318,6 +474,7 @@ class Engine:
     # -- loading -------------------------------------------------------------------------------------------------
 
     def _load_job(self, job: Job) -> None:
+        self._factor = self._factor_of(job.scaler)
         self._load(
             self.whole(job.params, job.local, self.origin_params),
             self.whole(job.buffers, job.local_buffers, self.origin_buffers),
@@ -325,6 +482,7 @@ class Engine:
         )
 
     def _load_view(self, view: View) -> None:
+        self._factor = None
         self._load(
             self.whole(view.params, view.local, self.origin_params),
             self.whole(view.buffers, view.local_buffers, self.origin_buffers),
@@ -367,7 +525,7 @@ class Engine:
             return self.origin_buffers
         return Tree(self.buffers_layout, self.buffers_flat().cpu().clone())
 
-    def _resolve(self, kind: EngineKind, sample_shape: tuple[int, ...]) -> tuple[str, str]:
+    def _resolve(self, kind: EngineKind, sample_shape: tuple[int, ...], recorded: TracedStep | None) -> tuple[str, str]:
         if kind == "eager":
             return "eager", "asked for"
         layers = [child for child in self.module.modules() if any(True for _ in child.parameters(recurse=False))]
@@ -381,6 +539,9 @@ class Engine:
         try:
             with torch.inference_mode(False):
                 y = self.task.objective.targets(4, self._num_outputs(x), sample_shape).to(self.device)
+                if recorded is not None and self._serves(recorded, x, y):
+                    self._step = recorded
+                    return "traced", "the recording of the whole model serves"
                 step = TracedStep(self.module, self.task.loss, x, y)
             self._refuse_unfaithful(step, x, y)
         except NotTraceable as why:
@@ -391,6 +552,16 @@ class Engine:
             return "eager", str(why)
         self._step = step
         return "traced", "the model's step could be recorded"
+
+    def _serves(self, recorded: TracedStep, x: Tensor, y: Tensor) -> bool:
+        """Whether the recording of a larger model gives the gradients of this one."""
+        if recorded.num_params != len(self.weight_views):
+            return False
+        try:
+            self._refuse_unfaithful(recorded, x, y)
+        except NotTraceable:
+            return False
+        return True
 
     def _num_outputs(self, x: Tensor) -> int:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -417,6 +588,13 @@ class Engine:
                     raise NotTraceable(f"the recorded gradient of {name} differs from autograd's at batch size {size}")
 
 
+def _bounded(cache: dict[Any, Any]) -> dict[Any, Any]:
+    """The cache with room for one more, without what was put in first."""
+    while len(cache) >= SMALLER_KEPT:
+        del cache[next(iter(cache))]
+    return cache
+
+
 def try_inputs(count: int, sample_shape: tuple[int, ...], vocabulary: int | None) -> Tensor:
     """Inputs as a model gets them, to try it with."""
     if vocabulary is not None:
@@ -424,12 +602,25 @@ def try_inputs(count: int, sample_shape: tuple[int, ...], vocabulary: int | None
     return torch.randn(count, *sample_shape, generator=Key.of(0).torch())
 
 
+class _Part(NamedTuple):
+    """A submodel of a job. alone: makes the job of a step on it alone, where an engine has nothing else."""
+
+    submodel: Submodel
+    alone: Callable[[], Job] | None
+
+
 class _Update:
     """The optimiser's side of a job: what happens to a gradient until it moves the weights."""
 
-    def __init__(self, engine: Engine, job: Job) -> None:
+    def __init__(self, engine: Engine, job: Job, parts: list[_Part], key: Key) -> None:
         self.engine = engine
         self.job = job
+        self.parts = parts
+        self.key = key
+        self.alone: dict[int, _Update] = {}  # of submodels that are stepped on alone
+        self.within: Tensor | None = None  # of the submodel that the step at hand trains
+        self.drawn = 0
+        self.num_taught = 0
         mask = engine.whole_mask(job.mask)
         self.mask = None if mask is None else engine.mask(mask)
         self.drift = None if job.drift is None else engine.arrangement.arranged(self._extended(job.drift))
@@ -444,7 +635,7 @@ class _Update:
         if engine.kept:
             self.shared = engine.chosen(frozenset(engine.params_layout.names) - engine.kept)
         self.moves = None if job.trains is None else engine.chosen(job.trains)
-        self.traced = engine._step is not None and job.loss == PLAIN
+        self.traced = engine._step is not None and job.loss == PLAIN and not parts
         self.grad_sum = torch.zeros_like(engine.grads) if "grad_sum" in job.wants else None
         adam = job.optim.name in ("adam", "adamw")
         self.first = torch.zeros_like(engine.grads) if adam or job.optim.momentum else None
@@ -460,6 +651,7 @@ class _Update:
             and self.grad_sum is None
             and job.lr != 0
             and not job.sharpness
+            and job.scaler == 1.0
             and self.moves is None
         )
 
@@ -471,6 +663,8 @@ class _Update:
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """One optimiser step on a batch; returns its mean loss before the step."""
         engine, job = self.engine, self.job
+        if self.parts:
+            return self._part_step(x, y)
         if self.plain and engine._step is not None:
             with torch.inference_mode():
                 loss = engine._step.update(engine.weight_views, x, y, job.lr)
@@ -479,13 +673,79 @@ class _Update:
             return loss
         loss = engine.gradient(x, y, job.loss)
         with torch.no_grad():
-            before = None if self.moves is None else engine.weights.clone()
             if job.sharpness:
                 self._climb(x, y)
-            self._apply(engine.weights, engine.grads)
-            if before is not None and self.moves is not None:
-                engine.weights.copy_(torch.where(self.moves, engine.weights, before))
+            self._move()
         return loss
+
+    def _move(self) -> None:
+        """Apply the gradient to what the step may move."""
+        weights = self.engine.weights
+        before = None if self.moves is None else weights.clone()
+        self._apply(weights, self.engine.grads)
+        if before is not None and self.moves is not None:
+            weights.copy_(torch.where(self.moves, weights, before))
+
+    def _part_step(self, x: Tensor, y: Tensor) -> Tensor:
+        """A step on the submodel that is drawn for it; with distillation on the last one as well, which teaches it."""
+        at, last = int(self.key.fold("submodel", self.drawn).numpy().integers(len(self.parts))), len(self.parts) - 1
+        part = self.parts[at].submodel
+        self.drawn += 1
+        if self.job.distils and at < last:
+            teacher = self.parts[last].submodel
+            loss, outputs = teacher.teach(x, y, self.job.loss)
+            loss = loss + part.learn(x, outputs)
+            self.num_taught += len(y)
+            self._move_within(teacher.within)
+        elif self.parts[at].alone is not None:
+            loss = self._step_alone(at, x, y)
+        else:
+            loss = part.gradient(x, y, self.job.loss)
+            self._move_within(part.within)
+        return loss
+
+    def _move_within(self, within: Tensor | None) -> None:
+        """Apply the gradient to a part; what does not belong to it has no momentum and no decay in this step either."""
+        self.within = within
+        with torch.no_grad():
+            if within is None:
+                self._move()
+                return
+            moving = [tensor for tensor in (self.engine.weights, self.first, self.second) if tensor is not None]
+            before = [tensor.clone() for tensor in moving]
+            self._move()
+            for tensor, held in zip(moving, before, strict=True):
+                tensor.copy_(torch.where(within.bool(), tensor, held))
+
+    def _step_alone(self, at: int, x: Tensor, y: Tensor) -> Tensor:
+        """A step on the smaller model of a part, whose weights and moments come from here and go back."""
+        part, alone = self.parts[at]
+        if at not in self.alone:
+            assert alone is not None
+            self.alone[at] = _Update(part.engine, alone(), [], self.key)
+        own, places = self.alone[at], part.places
+        assert places is not None
+        pairs = [(self.first, own.first), (self.second, own.second)]
+        with part.lent():
+            with torch.no_grad():
+                for mine, its in pairs:
+                    if mine is not None and its is not None:
+                        torch.index_select(mine, 0, places, out=its)
+            own.step_count = self.step_count
+            loss = own.step(x, y)
+            self.step_count = own.step_count
+            with torch.no_grad():
+                for mine, its in ((self.engine.weights, part.engine.weights), *pairs):
+                    if mine is not None and its is not None:
+                        mine.index_copy_(0, places, its)
+        return loss
+
+    def gather(self) -> None:
+        """Add what steps on parts have summed up to `grad_sum`."""
+        for at, own in self.alone.items():
+            places = self.parts[at].submodel.places
+            if self.grad_sum is not None and own.grad_sum is not None and places is not None:
+                self.grad_sum.index_add_(0, places, own.grad_sum)
 
     def _climb(self, x: Tensor, y: Tensor) -> None:
         """Replace the gradient by that at w + rho * g / |g| (Foret et al. 2021, equation 2); statistics of batches
@@ -520,6 +780,8 @@ class _Update:
         if self.mask is not None:
             # Before the moments, so that they too stay zero outside the mask.
             grad.mul_(self.mask)
+        if self.within is not None:
+            grad.mul_(self.within)
         if self.moves is not None:
             grad.mul_(self.moves)  # what stays still has no part in the norm
         if optim.clip_norm is not None:

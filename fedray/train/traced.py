@@ -46,6 +46,7 @@ class TracedStep:
             value = loss(outputs, arguments[-1])
             return value, *torch.autograd.grad(value, params)
 
+        self.num_params = len(names)
         params = [p.detach() for p in trainable(module).values()]
         try:
             recorded = make_fx(step, tracing_mode="symbolic")(*params, x, y)

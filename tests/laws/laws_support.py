@@ -2,12 +2,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache, partial
-
-import numpy as np
-import torch
 
 from fedray.corrections import FedLC, FedProx, FedSAM, LabelSmoothing, Scaffold
 from fedray.keys import Key
@@ -15,16 +11,13 @@ from fedray.models import MLP, BatchNormCNN, LeNet, McMahanCNN, Task
 from fedray.personal import Ditto, FedBN, FedPer, FedRep, LocalFineTuning
 from fedray.pruners import FedDST, Magnitude, NoPruning, Random
 from fedray.round import Optim, Policy
-from fedray.sim.client import Worker
-from fedray.sim.driver import Driver
-from fedray.sim.population import Population
-from fedray.sim.runtime import InlineRuntime
-from fedray.sim.spec import EvalSpec, RunSpec, TrainerSpec
 from fedray.strategies import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedDyn, FedNova, FedSGD, FedYogi
-from fedray.sums import Sums
+from fedray.testing.compare import distance, fingerprint
+from fedray.testing.federation import Packed, run, run_spec, synthetic
 from fedray.train import LearningRate
-from fedray.tree import Mask, Tree
 from fedray.wire import Delta, Float16, ScaledSign, TopK, Uniform, Way, Wire
+
+__all__ = ["Packed", "distance", "fingerprint", "run"]
 
 # -- wires -----------------------------------------------------------------------------------------------------------
 
@@ -65,31 +58,8 @@ MODELS = {
 def population(model="mlp", sizes=SIZES, num_test=20):
     """Clients of these sizes with skewed labels; every class has a direction of its own."""
     shape, _ = MODELS[model]
-    random = Key.of(7).fold("data", model, sum(sizes)).numpy()
-    total = sum(sizes)
-    y = np.concatenate(
-        [(random.random(size) * 1.7 + client).astype(np.int64) % CLASSES for client, size in enumerate(sizes)]
-    )
-    test_y = np.arange(num_test, dtype=np.int64) % CLASSES
-    means = random.normal(size=(CLASSES, *shape))
-    x = means[y] + random.normal(size=(total, *shape))
-    test_x = means[test_y] + random.normal(size=(num_test, *shape))
-    starts = np.cumsum([0, *sizes])
-    counts = [np.bincount(y[a:b], minlength=CLASSES) for a, b in itertools.pairwise(starts)]
-    return Population(
-        train_x=x.astype(np.float32),
-        train_y=y,
-        test_x=test_x.astype(np.float32),
-        test_y=test_y,
-        rows=np.arange(total),
-        starts=starts,
-        local_rows=np.concatenate([np.arange(c, c + 4) % num_test for c in range(len(sizes))]),
-        local_starts=np.arange(len(sizes) + 1) * 4,
-        label_counts=np.array(counts),
-        mean=np.array([0.1], np.float32),
-        std=np.array([1.5], np.float32),
-        scale=1.0,
-    )
+    key = Key.of(7).fold("data", model, sum(sizes))
+    return synthetic(shape, sizes=sizes, num_classes=CLASSES, key=key, num_test=num_test)
 
 
 def task(model="mlp", **changes):
@@ -100,28 +70,9 @@ def task(model="mlp", **changes):
 def spec(*policies, model="mlp", lr=0.1, batch_size=4, epochs=1, steps=None, engine="eager", optim=None, **changes):
     """A run of these policies; without any, dense FedAvg."""
     named = tuple((type(policy).__name__.lower(), policy) for policy in policies or (NoPruning(), FedAvg()))
-    learning_rate = lr if isinstance(lr, LearningRate) else LearningRate(lr=lr)
-    facts = {
-        "run_id": "law",
-        "name": "law",
-        "seed": 0,
-        "rounds": 4,
-        "num_clients": len(SIZES),
-        "cohort": 4,
-        "task": task(model),
-        "policies": named,
-        "wire": Wire(),
-        "trainer": TrainerSpec(
-            learning_rate=learning_rate,
-            batch_size=batch_size,
-            epochs=epochs,
-            steps=steps,
-            optim=optim or Optim(),
-            engine=engine,
-        ),
-        "evaluation": EvalSpec(every=0, clients="cohort", batch_size=16),
-    }
-    return RunSpec(**facts | changes)
+    changes["learning_rate"] = lr if isinstance(lr, LearningRate) else LearningRate(lr=lr)
+    changes |= {"batch_size": batch_size, "epochs": epochs, "steps": steps, "engine": engine, "optim": optim or Optim()}
+    return run_spec(named, task(model), **changes)
 
 
 MOMENTUM = Optim(momentum=0.9, weight_decay=0.01)
@@ -233,122 +184,3 @@ def label(value):
         changed = [f"{f.name}={v}" for f in dataclasses.fields(value) if (v := getattr(value, f.name)) != f.default]
         return f"{type(value).__name__}({','.join(changed)})"
     return str(value)
-
-
-# -- runs ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Ran:
-    """An observed run. servers: the start, then one a round. uploads: per round, (message, mask that was sent)."""
-
-    driver: Driver
-    records: list = field(default_factory=list)
-    servers: list = field(default_factory=list)
-    uploads: list = field(default_factory=list)
-
-    @property
-    def rows(self):
-        return [record.row for record in self.records]
-
-    @property
-    def digests(self):
-        return [row["digest"] for row in self.rows]
-
-    @property
-    def bytes(self):
-        return [(row["wire/up_bytes"], row["wire/down_bytes"]) for row in self.rows]
-
-
-class Watching(Worker):
-    """A worker that notes every upload which the server's side decodes."""
-
-    seen: list
-
-    def receive(self, payload, sent_mask, *more):
-        message = super().receive(payload, sent_mask, *more)
-        self.seen.append((message, sent_mask))
-        return message
-
-
-def run(spec, population, runtime=None):
-    """Drive a run to its end; `runtime` without one is inline with an observed worker."""
-    worker = Watching(spec, population)
-    worker.seen = []
-    ran = Ran(Driver(spec, population, runtime or InlineRuntime(spec, population, worker), worker))
-    ran.servers.append(ran.driver.server)
-    for record in ran.driver.rounds():
-        ran.records.append(record)
-        ran.servers.append(ran.driver.server)
-        # The next round's clients have been heard already when a round's row is written.
-        ran.uploads.append(worker.seen[: spec.cohort])
-        del worker.seen[: spec.cohort]
-    return ran
-
-
-class Packed:
-    """A runtime that deals the cohort to several workers in chunks, moves homes every round and shuffles answers."""
-
-    def __init__(self, spec, population, *, chunk, workers=1, shuffle=None):
-        self.workers = [Worker(spec, population) for _ in range(workers)]
-        self.chunk, self.shuffle, self.calls = chunk, shuffle, 0
-        self.records = {}
-
-    def wait_ready(self):
-        return "eager", "a test"
-
-    def take_losses(self):
-        return []
-
-    def put(self, value):
-        return value
-
-    def start(self, broadcast, clients, evaluations):
-        members = [client for client, _ in clients]
-        if self.shuffle is not None:
-            members = [members[i] for i in self.shuffle.fold("members", self.calls).permutation(len(members)).tolist()]
-        replies = []
-        for start in range(0, len(members), self.chunk):
-            chunk = members[start : start + self.chunk]
-            worker = self.workers[(self.calls + start // self.chunk) % len(self.workers)]
-            reply, changed = worker.train(broadcast, chunk, {client: self.records.get(client) for client in chunk})
-            self.records.update(changed)
-            replies.append(reply)
-        replies += [self.workers[-1].evaluate(w.handle, w.start, w.stop, w.batch_size, w.tag) for w in evaluations]
-        self.calls += 1
-        if self.shuffle is not None:
-            replies = [replies[i] for i in self.shuffle.fold("replies", self.calls).permutation(len(replies)).tolist()]
-        yield from replies
-
-    def ask(self, question, broadcast, clients, *arguments):
-        for at, (client, _) in enumerate(clients):
-            worker = self.workers[at % len(self.workers)]
-            yield getattr(worker, question)(broadcast, [client], self.records, *arguments)
-
-
-# -- comparing -------------------------------------------------------------------------------------------------------
-
-
-def fingerprint(value):
-    """Everything that a value of the round holds, as plain bits that can be compared; a probe has none."""
-    if isinstance(value, Tree | Mask):
-        return type(value).__name__, value.layout, value.flat.numpy().tobytes(), getattr(value, "seed", None)
-    if isinstance(value, Sums):
-        return {name: fingerprint(vars(total)) for name, total in value._totals.items()}
-    if isinstance(value, np.ndarray):
-        return value.shape, value.tobytes()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return type(value).__name__, [(f.name, fingerprint(getattr(value, f.name))) for f in dataclasses.fields(value)]
-    if isinstance(value, Mapping):
-        return [(name, fingerprint(item)) for name, item in value.items()]
-    if isinstance(value, list | tuple):
-        return [fingerprint(item) for item in value]
-    if callable(value):
-        return "callable"
-    return repr(value)
-
-
-def distance(a, b):
-    """|a - b| / |b| over all coordinates, in float64."""
-    a, b = (t.flat if isinstance(t, Tree) else t for t in (a, b))
-    return float(torch.linalg.vector_norm(a.double() - b.double()) / torch.linalg.vector_norm(b.double()))

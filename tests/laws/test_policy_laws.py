@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import get_type_hints
 
 import pytest
@@ -49,11 +49,12 @@ from fedray.corrections import FedProx, Scaffold
 from fedray.data import augment, partition, skew
 from fedray.keys import Key
 from fedray.pruners import FedDST, Magnitude, NoPruning, Random
-from fedray.round import Optim, Policy
+from fedray.round import Optim
 from fedray.sim import sampling
 from fedray.sim.client import Worker
 from fedray.sim.spec import EvalSpec
 from fedray.strategies import FedAvg, FedSGD
+from fedray.testing.wrap import twice, wrap
 from fedray.wire import Codec, Way, Wire
 
 EVERYONE = len(SIZES)
@@ -229,50 +230,7 @@ def test_masks_hold_on_every_model_and_engine(engine, pruner):
 # -- purity ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Checked(Policy):
-    """Calls every hook of `inner` twice, and compares answers and inputs."""
-
-    inner: Policy
-    calls: list
-
-    def _twice(self, hook, *arguments):
-        before = fingerprint(arguments)
-        first = getattr(self.inner, hook)(*arguments)
-        frozen = fingerprint(first)
-        second = getattr(self.inner, hook)(*arguments)
-        assert fingerprint(arguments) == before, f"{hook} wrote to its inputs"
-        assert fingerprint(second) == frozen, f"{hook} answered differently the second time"
-        assert fingerprint(first) == frozen, f"a second {hook} changed the first answer"
-        self.calls.append(hook)
-        return second
-
-    def parts(self, params, buffers):
-        return self._twice("parts", params, buffers)
-
-    def keeps(self, kinds, buffers):
-        return self._twice("keeps", kinds, buffers)
-
-    def view(self, *arguments):
-        return self._twice("view", *arguments)
-
-    def init_server(self, *arguments):
-        return self._twice("init_server", *arguments)
-
-    def init_client(self, *arguments):
-        return self._twice("init_client", *arguments)
-
-    def send(self, *arguments):
-        return self._twice("send", *arguments)
-
-    def begin(self, *arguments):
-        return self._twice("begin", *arguments)
-
-    def end(self, *arguments):
-        return self._twice("end", *arguments)
-
-    def settle(self, *arguments):
-        return self._twice("settle", *arguments)
+ASKED = ("keeps", "parts", "init_server", "init_client", "send", "begin", "end", "settle", "view")
 
 
 @pytest.mark.parametrize("onion", ONIONS + MORE_ONIONS + PERSONAL_ONIONS, ids=label)
@@ -281,10 +239,9 @@ def test_hooks_write_to_no_input_and_answer_the_same_twice(onion):
     evaluation = EvalSpec(every=1, clients="all", batch_size=16)
     given = spec(*onion, optim=optim_for(strategy_of(onion)), rounds=3, evaluation=evaluation)
     plain = run(given, population())
-    checked = replace(given, policies=tuple((name, Checked(p, calls)) for name, p in given.policies))
+    checked = replace(given, policies=tuple((name, wrap(p, twice(calls), ASKED)) for name, p in given.policies))
     ran = run(checked, population())
-    hooks = {"keeps", "parts", "init_server", "init_client", "send", "begin", "end", "settle", "view"}
-    assert set(calls) == hooks
+    assert set(calls) == set(ASKED)
     assert ran.digests == plain.digests
     assert ran.bytes == plain.bytes
 
@@ -293,7 +250,7 @@ def test_hooks_are_pure_also_with_statistics_that_travel():
     for pruner in PRUNERS:
         calls = []
         given = spec(pruner, FedAvg(), model="batchnorm_cnn", optim=MOMENTUM, rounds=3)
-        policies = tuple((name, Checked(p, calls)) for name, p in given.policies)
+        policies = tuple((name, wrap(p, twice(calls), ASKED)) for name, p in given.policies)
         assert run(replace(given, policies=policies), population("batchnorm_cnn")).rows[-1]["round"] == 3
 
 
@@ -471,6 +428,7 @@ CHANGES = {
     ("scope", "biases"): (SPARSE, "scope.biases=true"),
     ("scope", "norms"): ([*SPARSE, "model=batchnorm_cnn", "~model.hidden"], "scope.norms=true"),
     ("validation", "validation"): ([], "validation=0.3"),
+    ("public", "public"): ([], "public=30"),
     ("batch_norm", "batch_norm"): (["model=batchnorm_cnn", "~model.hidden", "rounds=1"], "batch_norm=group"),
     ("stop", "metric"): (["eval.every=1", "stop.patience=1", "rounds=9"], "stop.metric=client/accuracy_p10"),
     ("stop", "targets"): ([SCORED, "stop.targets=[0.05]", "stop.at_targets=true"], "stop.targets=[0.99]"),
@@ -551,6 +509,7 @@ CHANGES = {
     ),
     ("strategy.FedAvg", "lr"): ([], "strategy.lr=0.5"),
     ("strategy.FedAvg", "weight_by"): ([], "strategy.weight_by=uniform"),
+    ("strategy.FedAvg", "average"): (["pruner=local_magnitude", "pruner.masks=personal"], "strategy.average=all"),
     **{
         (f"strategy.{kind}", name): ([f"strategy={kind.lower()}", *base], f"strategy.{change}")
         for kind, name, base, change in (

@@ -4,7 +4,9 @@ The loss of client c is |w - target_c|^2 / 2, so its gradient at any point is w 
 coordinates, and everything that a policy computes can be checked on paper.
 """
 
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from fedray.keys import Key
 from fedray.round import ClientInfo, Context, Fit, Job, Message, Optim, RunFacts, Server
 from fedray.sums import Sums
 from fedray.tree import Layout, Mask, Tree, restrict
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 LAYOUT = Layout(("fc.weight", "fc.bias", "out.weight"), ((4, 10), (4,), (3, 4)))
 STATS = Layout(("bn.mean",), ((3,),))

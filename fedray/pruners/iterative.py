@@ -1,0 +1,97 @@
+"""Iterative magnitude pruning with rewinding, by the server: train, cut a fraction of what is left, start over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, final
+
+from fedray.errors import ConfigError
+from fedray.prune.allocate import BUDGETS, ROUNDINGS, Budget, Rounding, total_kept, uniform
+from fedray.prune.schedule import is_event, sparsity_at
+from fedray.prune.score import magnitude
+from fedray.prune.select import keep_top, keep_top_global
+from fedray.round import Context, Policy, RunFacts, Server, refuse
+from fedray.sums import Sums
+from fedray.tree import Mask, Tree, restrict
+
+Saved = tuple[Tree, Tree] | None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Iterative(Policy[Saved, None]):
+    """Lottery tickets by iterative magnitude pruning (Frankle and Carbin 2019, strategy 1 of appendix B).
+
+    An event cuts the smallest weights of the averaged model and sets everything back to the initial values, or to those
+    of an early round (Frankle et al. 2020, "Linear mode connectivity", algorithm 2); biases, norms and statistics too,
+    but not what strategies and corrections remember. Each of n events cuts the same fraction of what is left,
+    1 - (1 - sparsity)^(1/n): the paper's 0.2 is 8 events to a sparsity of 0.83. The last one leaves the ticket.
+    Deviations: it is the server that prunes, right after it has averaged, and rounds stand for training runs; every
+    layer loses the same fraction, where the paper cuts the output layers of fully connected nets at half the rate.
+
+    sparsity:  final fraction removed, in [0, 1).
+    start, finish, every: rounds of the events, start and finish among them; start is at least 1.
+    rewind_to: an event goes back to the weights after this round, 0 for the initial ones; None for no rewinding.
+    ranking:   "local" cuts the same fraction of each tensor, "global" ranks all prunable weights together.
+    budget, rounding: what the sparsity is a fraction of, and how counts are rounded: see `prune.allocate`.
+    """
+
+    cuts: ClassVar[Literal["none", "weights", "structures", "both"]] = "weights"
+
+    sparsity: float
+    start: int = 1
+    finish: int = 8
+    every: int = 1
+    rewind_to: int | None = 0
+    ranking: Literal["local", "global"] = "local"
+    budget: Budget = "prunable_weights"
+    rounding: Rounding = "nearest"
+
+    def __post_init__(self) -> None:
+        refuse(not 0.0 <= self.sparsity < 1.0, "sparsity", self.sparsity, "it is 0 to below 1; 0.9 keeps 1 in 10")
+        refuse(self.start < 1, "start", self.start, "it is a round, at least 1: there is nothing to rewind before")
+        late = f"it is the round of the last pruning, at least start ({self.start})"
+        refuse(self.finish < self.start, "finish", self.finish, late)
+        refuse(self.every < 1, "every", self.every, "it is a number of rounds, at least 1")
+        back, rule = self.rewind_to, f"it is 0 or a round before start ({self.start}), or null for no rewinding"
+        refuse(back is not None and not 0 <= back < self.start, "rewind_to", back, rule)
+        refuse(self.ranking not in ("local", "global"), "ranking", self.ranking, "choose local or global")
+        refuse(self.budget not in BUDGETS, "budget", self.budget, f"choose {' or '.join(BUDGETS)}")
+        refuse(self.rounding not in ROUNDINGS, "rounding", self.rounding, f"choose {' or '.join(ROUNDINGS)}")
+
+    def check(self, run: RunFacts) -> None:
+        if self.finish > run.rounds:
+            raise ConfigError(
+                f"pruner.finish is {self.finish}; it must be at most rounds ({run.rounds}), or the sparsity of "
+                f"{self.sparsity:g} is never reached; lower it or raise rounds"
+            )
+
+    def sparsity_after(self, round: int) -> float:
+        times = {"start": self.start, "end": self.finish, "every": self.every}
+        return sparsity_at(round, kind="iterative", sparsity=self.sparsity, **times)
+
+    def changes_masks(self, round: int) -> bool:
+        due = is_event(round, kind="iterative", start=self.start, end=self.finish, every=self.every)
+        return due and self.sparsity > 0.0
+
+    def init_server(self, server: Server, ctx: Context) -> tuple[Server, Saved]:
+        return server, (server.params, server.buffers) if self.rewind_to == 0 else None
+
+    def settle(self, server: Server, sums: Sums, memory: Saved, ctx: Context) -> tuple[Server, Sums, Saved]:
+        if ctx.round == self.rewind_to:
+            return server, sums, (server.params, server.buffers)
+        if not self.changes_masks(ctx.round):
+            return server, sums, memory
+        mask = self._kept(server, ctx)
+        params, buffers = (server.params, server.buffers) if memory is None else memory
+        return replace(server, params=restrict(params, mask), buffers=buffers, mask=mask), sums, memory
+
+    def _kept(self, server: Server, ctx: Context) -> Mask:
+        layout, names, within = server.params.layout, ctx.prunable, server.mask
+        sparsity, score = self.sparsity_after(ctx.round), magnitude(server.params)
+        if self.ranking == "global":
+            total = total_kept(layout, names, sparsity, budget=self.budget, rounding=self.rounding)
+            return keep_top_global(score, total, names=names, within=within)
+        limits = None if within is None else within.counts(names)
+        counts = uniform(layout, names, sparsity, budget=self.budget, rounding=self.rounding, limits=limits)
+        return keep_top(score, counts, names=names, within=within)

@@ -1,0 +1,74 @@
+"""What pruners share that keep one budget and swap weights in some rounds: settings, counts and rounds."""
+
+from __future__ import annotations
+
+from abc import ABC
+from dataclasses import dataclass
+from typing import Literal
+
+from fedray.prune.allocate import ALLOCATIONS, BUDGETS, ROUNDINGS, Allocation, Budget, Rounding
+from fedray.prune.regrow import num_swaps
+from fedray.prune.schedule import cosine
+from fedray.round import Context, RunFacts, refuse
+from fedray.tree import Layout, Mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapsWeights(ABC):
+    """The budget, and the rounds in which the server swaps weights; a policy names this before `Policy`.
+
+    In round r, if r % every == 0 and r < until, floor(ratio_r * kept) weights of a tensor are swapped, but no more than
+    it has dropped ones; so counts never change.
+
+    sparsity:   fraction removed, in [0, 1), in every round. allocation: how the kept weights are divided among tensors:
+                "erk", "er" or "uniform".
+    ratio:      the fraction of a tensor's kept weights that is swapped; ratio_decay: "cosine" to 0 at `until`, or
+                "constant".
+    budget, rounding: what the sparsity is a fraction of, and how counts are rounded: see `prune.allocate`.
+    """
+
+    sparsity: float
+    allocation: Allocation = "erk"
+    every: int = 10
+    until: int = 200
+    ratio: float = 0.3
+    ratio_decay: Literal["constant", "cosine"] = "cosine"
+    budget: Budget = "prunable_weights"
+    rounding: Rounding = "nearest"
+
+    def __post_init__(self) -> None:
+        refuse(not 0.0 <= self.sparsity < 1.0, "sparsity", self.sparsity, "it is 0 to below 1; 0.9 keeps 1 in 10")
+        refuse(self.allocation not in ALLOCATIONS, "allocation", self.allocation, f"choose {', '.join(ALLOCATIONS)}")
+        refuse(self.every < 1, "every", self.every, "it is a number of rounds, at least 1")
+        refuse(self.until < 0, "until", self.until, "it is a round, and 0 freezes the first mask")
+        refuse(not 0.0 <= self.ratio <= 1.0, "ratio", self.ratio, "it is the fraction of kept weights swapped, 0 to 1")
+        decay = self.ratio_decay
+        refuse(decay not in ("constant", "cosine"), "ratio_decay", decay, "choose constant or cosine")
+        refuse(self.budget not in BUDGETS, "budget", self.budget, f"choose {' or '.join(BUDGETS)}")
+        refuse(self.rounding not in ROUNDINGS, "rounding", self.rounding, f"choose {' or '.join(ROUNDINGS)}")
+
+    def sparsity_after(self, round: int) -> float:
+        return self.sparsity
+
+    def changes_masks(self, round: int) -> bool:
+        return round == 0 or self.is_due(round)
+
+    def warns(self, run: RunFacts) -> tuple[str, ...]:
+        if any(map(self.is_due, range(run.rounds + 1))):
+            return ()
+        return (f"every is {self.every} and until is {self.until}: in {run.rounds} rounds no weights are swapped",)
+
+    def is_due(self, round: int) -> bool:
+        """Whether weights are swapped in this round."""
+        return 0 < round < self.until and round % self.every == 0
+
+    def counts(self, layout: Layout, names: tuple[str, ...]) -> dict[str, int]:
+        """Kept weights by tensor, in every round."""
+        allocate = ALLOCATIONS[self.allocation]
+        return allocate(layout, names, self.sparsity, budget=self.budget, rounding=self.rounding)
+
+    def swaps(self, mask: Mask, ctx: Context, among: tuple[str, ...] | None = None) -> dict[str, int]:
+        """How many weights of each tensor to swap in this round. among: the tensors in which any are."""
+        constant = self.ratio_decay == "constant"
+        ratio = self.ratio if constant else cosine(ctx.round, initial=self.ratio, end=self.until)
+        return num_swaps(mask, ratio, names=ctx.prunable, among=among)

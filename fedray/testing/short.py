@@ -1,0 +1,45 @@
+"""A short version of a policy: its schedule moved into a run of a few rounds, everything else as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from fedray.round import Policy
+from fedray.testing.wrap import setting_names
+
+ROUNDS = 6
+"""Of a run for a check: masks move and rest, a schedule ends, and half of it is a run of its own."""
+
+P = TypeVar("P", bound=Policy[Any, Any])
+
+SHORT: Mapping[str, Callable[[int], int]] = {
+    # An event in every second round, so that there are rounds of both kinds.
+    "every": lambda value: min(value, 2),
+    # What begins later than round 2 begins in round 2; 0 is before the first round and stays.
+    "start": lambda value: min(value, 2),
+    "round": lambda value: min(value, 2),
+    "rounds": lambda value: min(value, 2),
+    # What ends, ends before the last round, so that what comes after the end is seen; 0 is never, and stays.
+    "finish": lambda value: min(value, ROUNDS - 1),
+    "until": lambda value: min(value, ROUNDS - 1),
+    "end": lambda value: min(value, ROUNDS - 1),
+}
+"""How fields that are whole numbers of rounds are moved, by a word of their name: `every` and `initial_every` alike."""
+
+
+def shorten(policy: P) -> P:
+    """The policy with its schedule moved into a run of ROUNDS rounds. Raises ConfigError where it refuses that."""
+    changed: dict[str, Any] = {}
+    for name in setting_names(policy):
+        value = getattr(policy, name)
+        moves = [SHORT[word] for word in name.split("_") if word in SHORT]
+        if moves and isinstance(value, int) and not isinstance(value, bool):
+            changed[name] = moves[-1](value)
+    return changed_in(policy, **changed) if changed else policy
+
+
+def changed_in(policy: Any, **changes: Any) -> Any:
+    """The policy with other values of some settings. Raises ConfigError where it refuses them."""
+    return dataclasses.replace(policy, **changes)

@@ -1,0 +1,74 @@
+"""Gradual magnitude pruning from a warm start, and defaults that follow the length of a run."""
+
+import itertools
+
+import pytest
+from yaml_checks import check_file, composed, made
+
+from fedray.pruners import FedDST, Magnitude, NoPruning, Random
+from fedray.strategies import FedAvg
+
+TIMES = ("start", "finish", "every")
+
+
+@pytest.mark.parametrize(
+    ("share", "rounds", "expected"),
+    [("0.5", 10, 5), ("0.5", 11, 5), ("0.1", 3, 1), ("0.29", 100, 29), ("0.1", 30, 3), ("1", 7, 7), ("0.04", 100, 4)],
+)
+def test_a_share_of_the_rounds_is_rounded_down_and_at_least_one(share, rounds, expected):
+    start = composed("magnitude", rounds=rounds, start=f"${{share_of_rounds:{share}}}")["start"]
+    assert (start, type(start)) == (expected, int)
+
+
+def test_the_warm_start_and_the_end_follow_the_length_of_a_run():
+    policy = made("gradual", 100)
+    assert isinstance(policy, Magnitude)
+    assert (policy.schedule, policy.start, policy.finish, policy.every) == ("cubic", 20, 60, 4)
+    assert (made("gradual", 10).start, made("gradual", 10).finish, made("gradual", 10).every) == (2, 6, 1)
+
+
+def test_the_file_is_complete_and_accepted_from_ten_rounds_on():
+    check_file("gradual", changed=("schedule", "start", "finish", "every"))
+
+
+def test_training_is_dense_until_the_start_and_exact_from_the_end_on(world):
+    policies = [made("gradual"), FedAvg()]
+    servers = world.run(policies, 8)
+    kept = [world.all_prunable() if s.mask is None else world.kept(s) for s in servers]
+    # Cubic from 0 at round 2 to 0.8 at round 6: 0.8 (1 - (1 - t)^3) of 52.
+    expected = [52 - round(52 * 0.8 * (1 - (1 - t) ** 3)) for t in (0, 0.25, 0.5, 0.75, 1)]
+    assert expected == [52, 28, 16, 11, 10]
+    assert kept == [52, 52, *expected, 10, 10]
+    assert servers[1].mask is None
+
+
+PROMISES = [
+    Magnitude(sparsity=0.8, schedule="cubic", start=1, finish=5, every=2),
+    Magnitude(sparsity=0.8, schedule="linear", start=2, finish=4, ranking="global", sticky=False),
+    Magnitude(sparsity=0.5, start=3),
+    Random(sparsity=0.7),
+    FedDST(sparsity=0.6, every=2, until=5, ratio_decay="constant"),
+    NoPruning(),
+]
+
+
+@pytest.mark.parametrize("policy", PROMISES, ids=repr)
+def test_a_pruner_keeps_what_it_promises_and_its_mask_moves_in_no_other_round(world, policy):
+    servers = world.run([policy, FedAvg()], 7)
+    moved = []
+    for number, server in enumerate(servers):
+        kept = world.all_prunable() if server.mask is None else world.kept(server)
+        assert kept == round((1 - policy.sparsity_after(number)) * world.all_prunable())
+    for number, (before, after) in enumerate(itertools.pairwise(servers), start=1):
+        if before.mask != after.mask:
+            moved.append(number)
+            assert policy.changes_masks(number)
+    due = [number for number in range(1, 8) if policy.changes_masks(number)]
+    # The first event of a gradual schedule removes nothing.
+    assert set(due) - set(moved) <= {policy.start} if isinstance(policy, Magnitude) else due == moved
+    assert policy.changes_masks(0) == (policy.sparsity_after(0) > 0)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "random", "feddst", "none"])
+def test_files_of_settings_are_complete(name):
+    check_file(name)

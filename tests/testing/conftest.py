@@ -1,0 +1,6 @@
+"""`broken_pruners` is on the path."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
