@@ -271,7 +271,9 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None, choices: Mappin
     module = _try_model(task, dataset, spec)
     if config["batch_norm"] in (*KEPT_NORMS, "static") and not norm_layers(module):
         raise ConfigError(NO_BATCH_NORM.format(config["batch_norm"]))
-    facts = replace(spec.facts(), kinds=kinds(module), objective=dataset.objective)
+    facts = replace(
+        spec.facts(), kinds=kinds(module), objective=dataset.objective, has_statistics=bool(norm_layers(module))
+    )
     for name, policy in policies:
         _under(name, lambda policy=policy: policy.check(facts))
     codec_of(module, spec)

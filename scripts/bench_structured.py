@@ -96,8 +96,9 @@ def main() -> int:
             low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
             limit = REQUIRED.get((part, rate))
             missed += limit is not None and middle > limit
+            share = masked_flops(flops, mask) / sum(flops.values())
             print(
-                f"| {part} | {rate:g} | {int(mask.flat.sum()):,} | {masked_flops(flops, mask) / sum(flops.values()):.3f} "
+                f"| {part} | {rate:g} | {int(mask.flat.sum()):,} | {share:.3f} "
                 f"| {middle:.3f} ({low:.3f} to {high:.3f}) | {'' if limit is None else limit} | {first:.1f} |",
                 flush=True,
             )

@@ -23,7 +23,6 @@ def falling(
     mask: Mask,
     names: tuple[str, ...],
     sparsity: float,
-    *,
     allocation: Allocation,
     budget: Budget = "prunable_weights",
     rounding: Rounding = "nearest",

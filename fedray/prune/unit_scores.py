@@ -124,24 +124,17 @@ def choose_units(
 
 
 def cut_most(
-    structure: Structure,
-    params: Tree,
-    fits: Callable[[Mask], bool],
-    *,
-    within: Mask,
-    score: UnitScore,
-    ranking: Ranking,
-    most: float,
+    structure: Structure, params: Tree, fits: Callable[[Mask], bool], *, within: Mask, score: UnitScore
 ) -> Mask:
-    """The mask over parameters of the largest sparsity of units that `fits`; that of `within` where none does.
+    """The mask over parameters of the largest sparsity of units that `fits`, under a local ranking; that of `within`
+    where none does.
 
     fits: of a mask over parameters; must hold of every mask that contains one of which it holds.
     """
-    sizes = [within.layout.size] if ranking == "global" else within.layout.sizes
-    levels = sorted({gone / size for size in sizes for gone in range(size)})
+    levels = sorted({gone / size for size in within.layout.sizes for gone in range(size)})
 
     def mask(sparsity: float) -> Mask:
-        chosen = choose_units(structure, params, sparsity, within=within, score=score, ranking=ranking, most=most)
+        chosen = choose_units(structure, params, sparsity, within=within, score=score, ranking="local", most=1.0)
         return structure.mask(kept_units(structure, chosen))
 
     # Masks are nested, for one ranking chooses all of them.

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 from fedray.errors import ConfigError
-from fedray.prune.allocate import ALLOCATIONS, BUDGETS, ROUNDINGS, Allocation, Budget, Rounding
+from fedray.prune.allocate import ALLOCATIONS, Allocation, Budget, Rounding
 from fedray.prune.regrow import drop, first_mask, grow, recut
 from fedray.prune.schedule import cosine
+from fedray.pruners.fields import refuse_fields
 from fedray.round import Context, Fit, Message, Policy, RunFacts, Server, refuse
 from fedray.sums import Sums
 from fedray.tree import Layout
@@ -49,18 +50,12 @@ class FedDST(Policy[None, None]):
     rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
-        refuse(not 0.0 <= self.sparsity < 1.0, "sparsity", self.sparsity, "it is 0 to below 1; 0.9 keeps 1 in 10")
-        refuse(self.allocation not in ALLOCATIONS, "allocation", self.allocation, f"choose {', '.join(ALLOCATIONS)}")
+        refuse_fields(self)
         refuse(self.initial not in ("magnitude", "random"), "initial", self.initial, "choose magnitude or random")
-        refuse(self.every < 1, "every", self.every, "it is a number of rounds, at least 1")
         refuse(self.until < 0, "until", self.until, "it is a round, and 0 freezes the first mask")
         refuse(not 0.0 <= self.ratio <= 1.0, "ratio", self.ratio, "it is the fraction of kept weights swapped, 0 to 1")
-        decay = self.ratio_decay
-        refuse(decay not in ("constant", "cosine"), "ratio_decay", decay, "choose constant or cosine")
         size, rule = self.gradient_batch_size, "it is a number of examples, at least 1, or null for all"
         refuse(size is not None and size < 1, "gradient_batch_size", size, rule)
-        refuse(self.budget not in BUDGETS, "budget", self.budget, f"choose {' or '.join(BUDGETS)}")
-        refuse(self.rounding not in ROUNDINGS, "rounding", self.rounding, f"choose {' or '.join(ROUNDINGS)}")
 
     def sparsity_after(self, round: int) -> float:
         return self.sparsity

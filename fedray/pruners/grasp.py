@@ -46,7 +46,7 @@ class GraSP(ScoredStart, Policy[bool, None]):
     rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
-        self.refuse_fields()
+        self.refuse_scores()
         number, rule = self.per_class, "it is a number of examples, at least 1, or null for all"
         refuse(number is not None and number < 1, "per_class", number, rule)
         heat, rule = self.temperature, "it must be above 0; 1 leaves the logits as they are"

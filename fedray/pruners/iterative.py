@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, final
 
 from fedray.errors import ConfigError
-from fedray.prune.allocate import BUDGETS, ROUNDINGS, Budget, Rounding, total_kept, uniform
+from fedray.prune.allocate import Budget, Rounding, total_kept, uniform
 from fedray.prune.schedule import is_event, sparsity_at
 from fedray.prune.score import magnitude
 from fedray.prune.select import keep_top, keep_top_global
+from fedray.pruners.fields import refuse_fields
 from fedray.round import Context, Policy, RunFacts, Server, refuse
 from fedray.sums import Sums
 from fedray.tree import Mask, Tree, restrict
@@ -48,16 +49,12 @@ class Iterative(Policy[Saved, None]):
     rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
-        refuse(not 0.0 <= self.sparsity < 1.0, "sparsity", self.sparsity, "it is 0 to below 1; 0.9 keeps 1 in 10")
         refuse(self.start < 1, "start", self.start, "it is a round, at least 1: there is nothing to rewind before")
+        refuse_fields(self)
         late = f"it is the round of the last pruning, at least start ({self.start})"
         refuse(self.finish < self.start, "finish", self.finish, late)
-        refuse(self.every < 1, "every", self.every, "it is a number of rounds, at least 1")
         back, rule = self.rewind_to, f"it is 0 or a round before start ({self.start}), or null for no rewinding"
         refuse(back is not None and not 0 <= back < self.start, "rewind_to", back, rule)
-        refuse(self.ranking not in ("local", "global"), "ranking", self.ranking, "choose local or global")
-        refuse(self.budget not in BUDGETS, "budget", self.budget, f"choose {' or '.join(BUDGETS)}")
-        refuse(self.rounding not in ROUNDINGS, "rounding", self.rounding, f"choose {' or '.join(ROUNDINGS)}")
 
     def check(self, run: RunFacts) -> None:
         if self.finish > run.rounds:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
-from fedray.errors import ConfigError
-from fedray.prune.allocate import BUDGETS, ROUNDINGS, Budget, Rounding, total_kept
-from fedray.prune.schedule import KINDS, Kind, is_event, sparsity_at
+from fedray.prune.allocate import Budget, Rounding, total_kept
+from fedray.prune.schedule import Kind
 from fedray.prune.score import lamp
 from fedray.prune.select import keep_top_global
 from fedray.pruners.cuts_weights import CutsWeights
-from fedray.round import Context, Policy, RunFacts, Server, refuse
+from fedray.pruners.fields import check_reached, is_due, refuse_fields, scheduled
+from fedray.round import Context, Policy, RunFacts, Server
 from fedray.tree import Mask
 
 
@@ -45,29 +45,16 @@ class Lamp(CutsWeights, Policy[None, None]):
     rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
-        refuse(not 0.0 <= self.sparsity < 1.0, "sparsity", self.sparsity, "it is 0 to below 1; 0.9 keeps 1 in 10")
-        refuse(self.schedule not in KINDS, "schedule", self.schedule, f"choose {', '.join(KINDS)}")
-        refuse(self.start < 0, "start", self.start, "it is a round, and 0 prunes before the first")
-        late = f"a {self.schedule} schedule ends after its start ({self.start}): write the round of the last pruning"
-        refuse(self.schedule != "one_shot" and self.finish <= self.start, "finish", self.finish, late)
-        refuse(self.every < 1, "every", self.every, "it is a number of rounds, at least 1")
-        refuse(self.budget not in BUDGETS, "budget", self.budget, f"choose {' or '.join(BUDGETS)}")
-        refuse(self.rounding not in ROUNDINGS, "rounding", self.rounding, f"choose {' or '.join(ROUNDINGS)}")
+        refuse_fields(self)
 
     def check(self, run: RunFacts) -> None:
-        field, last = ("start", self.start) if self.schedule == "one_shot" else ("finish", self.finish)
-        if last > run.rounds:
-            raise ConfigError(
-                f"pruner.{field} is {last}; it must be at most rounds ({run.rounds}), or the sparsity of "
-                f"{self.sparsity:g} is never reached; lower it or raise rounds"
-            )
+        check_reached(self, run)
 
     def sparsity_after(self, round: int) -> float:
-        times = {"start": self.start, "end": self.finish, "every": self.every}
-        return sparsity_at(round, kind=self.schedule, sparsity=self.sparsity, **times)
+        return scheduled(self, round)
 
     def changes_masks(self, round: int) -> bool:
-        return is_event(round, kind=self.schedule, start=self.start, end=self.finish, every=self.every)
+        return is_due(self, round)
 
     def chosen(self, server: Server, within: Mask | None, ctx: Context) -> Mask:
         layout, names, sparsity = server.params.layout, ctx.prunable, self.sparsity_after(ctx.round)

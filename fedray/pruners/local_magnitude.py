@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, final, get_args
 
 from fedray.prune.allocate import Allocation, Budget, Rounding
-from fedray.prune.merge import MERGES, Merge, merge, to_count
+from fedray.prune.merge import Merge, merge, to_count
 from fedray.prune.regrow import drop
 from fedray.prune.schedule import Kind
+from fedray.pruners.fields import check_reached, is_due, refuse_fields, scheduled, scheduled_counts
 from fedray.pruners.own_masks import OwnMask, check_differences
-from fedray.pruners.scheduling import check_schedule, has_event, refuse_schedule, scheduled, scheduled_counts
 from fedray.round import Context, Fit, Message, Policy, RunFacts, Server, refuse
 from fedray.sums import Sums
 from fedray.tree import Mask
@@ -52,9 +52,9 @@ class LocalMagnitude(OwnMask, Policy[None, Mask | None]):
     rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
-        refuse_schedule(self)
+        refuse(self.start < 1, "start", self.start, "clients prune after training, so it is a round from 1 on")
+        refuse_fields(self)
         refuse(self.masks not in get_args(Masks), "masks", self.masks, "choose personal or synchronised")
-        refuse(self.merge not in MERGES, "merge", self.merge, f"choose {', '.join(MERGES)}")
         refuse(self.votes < 1, "votes", self.votes, "it is a number of clients, at least 1")
 
     @property
@@ -68,11 +68,11 @@ class LocalMagnitude(OwnMask, Policy[None, Mask | None]):
     def changes_masks(self, round: int) -> bool | None:
         if self.masks == "personal":
             return None if round >= self.start and self.sparsity else False
-        return has_event(self, round)
+        return is_due(self, round)
 
     def check(self, run: RunFacts) -> None:
         check_differences("local_magnitude", run)
-        check_schedule(self, run)
+        check_reached(self, run)
         rule = f"it must be at most cohort ({run.cohort}), for no weight can have more: set it lower, or merge to and"
         refuse(self.merge == "vote" and self.votes > run.cohort, "votes", self.votes, rule)
 

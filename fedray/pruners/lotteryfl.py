@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, final
 
-from fedray.prune.allocate import BUDGETS, ROUNDINGS, Budget, Rounding, uniform
+from fedray.prune.allocate import Budget, Rounding, uniform
 from fedray.prune.regrow import drop
 from fedray.prune.shrink import shrink
+from fedray.pruners.fields import refuse_fields
 from fedray.pruners.own_masks import OwnMask, check_differences, check_gate, check_steps
 from fedray.round import Context, Fit, Job, Message, Policy, RunFacts, View, refuse
 from fedray.tree import Mask, Tree, restrict
@@ -54,12 +55,10 @@ class LotteryFL(OwnMask, Policy[None, Ticket | None]):
     rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
-        refuse(not 0.0 <= self.sparsity < 1.0, "sparsity", self.sparsity, "it is 0 to below 1; 0.9 keeps 1 in 10")
+        refuse_fields(self)
         refuse(not 0.0 < self.rate < 1.0, "rate", self.rate, "it is the fraction that an event cuts, above 0, below 1")
         refuse(not 0.0 <= self.accuracy < 1.0, "accuracy", self.accuracy, "it is 0 to below 1; the paper's is 0.5")
         refuse(self.runs not in ("trained", "averaged"), "runs", self.runs, "choose trained or averaged")
-        refuse(self.budget not in BUDGETS, "budget", self.budget, f"choose {' or '.join(BUDGETS)}")
-        refuse(self.rounding not in ROUNDINGS, "rounding", self.rounding, f"choose {' or '.join(ROUNDINGS)}")
 
     def changes_masks(self, round: int) -> bool | None:
         return None if round and self.sparsity else False

@@ -9,8 +9,9 @@ from typing import ClassVar, Literal, final
 import torch
 
 from fedray.pruners.by_time import Flops
+from fedray.pruners.fields import refuse_fields
 from fedray.pruners.one_client import PrunesAtOneClient, squared
-from fedray.round import Context, Fit, Job, Message, Part, PartSpec, Policy, Server, refuse
+from fedray.round import Context, Fit, Job, Message, Part, PartSpec, Policy, Server
 from fedray.sums import Sums
 from fedray.tree import Layout, Mask, Tree, add
 
@@ -39,8 +40,8 @@ class PruneFL(PrunesAtOneClient, Policy[Flops, Tree | None]):
     every: int = 50
 
     def __post_init__(self) -> None:
+        refuse_fields(self)
         super().__post_init__()
-        refuse(self.every < 1, "every", self.every, "it is a number of rounds, at least 1")
 
     def changes_masks(self, round: int) -> bool:
         return round > 0 and (round % self.every == 0 or (round == 1 and self.initial_rounds > 0))

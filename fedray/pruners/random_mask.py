@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
-from fedray.prune.allocate import ALLOCATIONS, BUDGETS, ROUNDINGS, Allocation, Budget, Rounding
+from fedray.prune.allocate import ALLOCATIONS, Allocation, Budget, Rounding
 from fedray.prune.select import random_mask
-from fedray.round import Context, Policy, Server, refuse
+from fedray.pruners.fields import refuse_fields
+from fedray.round import Context, Policy, Server
 
 
 @final
@@ -32,10 +33,7 @@ class Random(Policy[None, None]):
     rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
-        refuse(not 0.0 <= self.sparsity < 1.0, "sparsity", self.sparsity, "it is 0 to below 1; 0.9 keeps 1 in 10")
-        refuse(self.allocation not in ALLOCATIONS, "allocation", self.allocation, f"choose {', '.join(ALLOCATIONS)}")
-        refuse(self.budget not in BUDGETS, "budget", self.budget, f"choose {' or '.join(BUDGETS)}")
-        refuse(self.rounding not in ROUNDINGS, "rounding", self.rounding, f"choose {' or '.join(ROUNDINGS)}")
+        refuse_fields(self)
 
     def sparsity_after(self, round: int) -> float:
         return self.sparsity

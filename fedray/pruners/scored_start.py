@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from fedray.errors import ConfigError
-from fedray.prune.allocate import BUDGETS, ROUNDINGS, Budget, Rounding, total_kept
+from fedray.prune.allocate import Budget, Rounding, total_kept
 from fedray.prune.select import keep_top_global
+from fedray.pruners.fields import refuse_fields
 from fedray.round import Context, Exchange, Message, Part, PartSpec, RunFacts, Server, refuse
 from fedray.sums import Sums
 from fedray.tree import Layout, Mask, Tree
@@ -47,13 +48,11 @@ class ScoredStart(ABC):
     def ranked(self, mean: Tree) -> Tree:
         """How much each coordinate matters, larger is kept, from the mean of the scores."""
 
-    def refuse_fields(self) -> None:
+    def refuse_scores(self) -> None:
         """Refuse values of the fields that are named above."""
-        refuse(not 0.0 <= self.sparsity < 1.0, "sparsity", self.sparsity, "it is 0 to below 1; 0.9 keeps 1 in 10")
+        refuse_fields(self)
         refuse(self.scores not in ("clients", "server"), "scores", self.scores, "choose clients or server")
         refuse(self.clients not in ("all", "cohort"), "clients", self.clients, "choose all or cohort")
-        refuse(self.budget not in BUDGETS, "budget", self.budget, f"choose {' or '.join(BUDGETS)}")
-        refuse(self.rounding not in ROUNDINGS, "rounding", self.rounding, f"choose {' or '.join(ROUNDINGS)}")
 
     def check(self, run: RunFacts) -> None:
         if self.scores == "server" and run.public == 0:

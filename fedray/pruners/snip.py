@@ -44,7 +44,7 @@ class Snip(ScoredStart, Policy[bool, None]):
     rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
-        self.refuse_fields()
+        self.refuse_scores()
         refuse(self.absolute not in ("after", "before"), "absolute", self.absolute, "choose after or before")
         size, rule = self.batch_size, "it is a number of examples, at least 1, or null for all"
         refuse(size is not None and size < 1, "batch_size", size, rule)

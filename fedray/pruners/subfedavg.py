@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
-from fedray.prune.allocate import BUDGETS, ROUNDINGS, Budget, Rounding, uniform
+from fedray.prune.allocate import Budget, Rounding, uniform
 from fedray.prune.regrow import drop
 from fedray.prune.shrink import shrink
+from fedray.pruners.fields import refuse_fields
 from fedray.pruners.moving_masks import Candidate, ComparesEpochs
 from fedray.pruners.own_masks import check_differences, check_epochs, check_gate
 from fedray.round import Context, Policy, RunFacts, refuse
@@ -49,12 +50,10 @@ class SubFedAvg(ComparesEpochs, Policy[None, Any]):
     rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
-        refuse(not 0.0 <= self.sparsity < 1.0, "sparsity", self.sparsity, "it is 0 to below 1; 0.9 keeps 1 in 10")
+        refuse_fields(self)
         refuse(not 0.0 < self.rate < 1.0, "rate", self.rate, "it is the fraction that an event cuts, above 0, below 1")
         refuse(not 0.0 <= self.distance < 1.0, "distance", self.distance, "it is 0 to below 1; the authors' is 1e-4")
         refuse(not 0.0 <= self.accuracy < 1.0, "accuracy", self.accuracy, "it is 0 to below 1; the authors' is 0.5")
-        refuse(self.budget not in BUDGETS, "budget", self.budget, f"choose {' or '.join(BUDGETS)}")
-        refuse(self.rounding not in ROUNDINGS, "rounding", self.rounding, f"choose {' or '.join(ROUNDINGS)}")
 
     def changes_masks(self, round: int) -> bool | None:
         return None if round and self.sparsity else False

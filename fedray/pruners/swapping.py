@@ -6,9 +6,10 @@ from abc import ABC
 from dataclasses import dataclass
 from typing import Literal
 
-from fedray.prune.allocate import ALLOCATIONS, BUDGETS, ROUNDINGS, Allocation, Budget, Rounding
+from fedray.prune.allocate import ALLOCATIONS, Allocation, Budget, Rounding
 from fedray.prune.regrow import num_swaps
 from fedray.prune.schedule import cosine
+from fedray.pruners.fields import refuse_fields
 from fedray.round import Context, RunFacts, refuse
 from fedray.tree import Layout, Mask
 
@@ -37,15 +38,9 @@ class SwapsWeights(ABC):
     rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
-        refuse(not 0.0 <= self.sparsity < 1.0, "sparsity", self.sparsity, "it is 0 to below 1; 0.9 keeps 1 in 10")
-        refuse(self.allocation not in ALLOCATIONS, "allocation", self.allocation, f"choose {', '.join(ALLOCATIONS)}")
-        refuse(self.every < 1, "every", self.every, "it is a number of rounds, at least 1")
+        refuse_fields(self)
         refuse(self.until < 0, "until", self.until, "it is a round, and 0 freezes the first mask")
         refuse(not 0.0 <= self.ratio <= 1.0, "ratio", self.ratio, "it is the fraction of kept weights swapped, 0 to 1")
-        decay = self.ratio_decay
-        refuse(decay not in ("constant", "cosine"), "ratio_decay", decay, "choose constant or cosine")
-        refuse(self.budget not in BUDGETS, "budget", self.budget, f"choose {' or '.join(BUDGETS)}")
-        refuse(self.rounding not in ROUNDINGS, "rounding", self.rounding, f"choose {' or '.join(ROUNDINGS)}")
 
     def sparsity_after(self, round: int) -> float:
         return self.sparsity

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 from fedray.errors import ConfigError
-from fedray.prune.allocate import BUDGETS, ROUNDINGS, Budget, Rounding, total_kept
+from fedray.prune.allocate import Budget, Rounding, total_kept
 from fedray.prune.schedule import sparsity_at
 from fedray.prune.select import keep_top_global
+from fedray.pruners.fields import refuse_fields
 from fedray.round import Context, Policy, RunFacts, Server, refuse
 
 
@@ -36,10 +37,8 @@ class SynFlow(Policy[None, None]):
     rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
-        refuse(not 0.0 <= self.sparsity < 1.0, "sparsity", self.sparsity, "it is 0 to below 1; 0.9 keeps 1 in 10")
+        refuse_fields(self)
         refuse(self.iterations < 1, "iterations", self.iterations, "it is a number of steps, at least 1")
-        refuse(self.budget not in BUDGETS, "budget", self.budget, f"choose {' or '.join(BUDGETS)}")
-        refuse(self.rounding not in ROUNDINGS, "rounding", self.rounding, f"choose {' or '.join(ROUNDINGS)}")
 
     def check(self, run: RunFacts) -> None:
         if run.objective == "next_token":

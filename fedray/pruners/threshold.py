@@ -11,6 +11,7 @@ from fedray.prune.schedule import is_event
 from fedray.prune.score import magnitude
 from fedray.prune.select import keep_top
 from fedray.pruners.cuts_weights import CutsWeights
+from fedray.pruners.fields import refuse_fields
 from fedray.round import Context, Policy, RunFacts, Server, refuse
 from fedray.tree import Mask
 
@@ -45,13 +46,12 @@ class Threshold(CutsWeights, Policy[None, None]):
     at_least: int = 1
 
     def __post_init__(self) -> None:
+        refuse_fields(self)
         rule = "it is at least 0; 1 cuts what is within one deviation of zero, or with unit=value what is below 1"
         refuse(not 0.0 <= self.threshold < math.inf, "threshold", self.threshold, rule)
         refuse(self.unit not in ("deviations", "value"), "unit", self.unit, "choose deviations or value")
-        refuse(self.start < 0, "start", self.start, "it is a round, and 0 prunes before the first")
         late = f"it is the round of the last pruning, at least start ({self.start})"
         refuse(self.finish < self.start, "finish", self.finish, late)
-        refuse(self.every < 1, "every", self.every, "it is a number of rounds, at least 1")
         refuse(self.at_least < 1, "at_least", self.at_least, "it is a number of weights, at least 1")
 
     def check(self, run: RunFacts) -> None:

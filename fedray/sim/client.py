@@ -511,6 +511,8 @@ class Worker:
         message, payloads = Message(), 1
         if shared is None:
             for (name, policy), memory in zip(self.spec.policies, broadcast.memories, strict=True):
+                if only is not None and policy.sends_each:
+                    continue  # it is the server's model that is asked about, and not each client's share of it
                 message = self._hook(name, "send", ctx, policy.send, broadcast.server, message, memory, ctx)
             if only is not None:
                 message = replace(message, parts={name: p for name, p in message.parts.items() if name in only})

@@ -281,9 +281,7 @@ class Driver:
             snapshot=self.runtime.snapshot() if saved else None,
         )
 
-    def _exchanges(
-        self, round: int, cohort: tuple[int, ...]
-    ) -> tuple[tuple[Transfer, ...], dict[int, float]]:
+    def _exchanges(self, round: int, cohort: tuple[int, ...]) -> tuple[tuple[Transfer, ...], dict[int, float]]:
         """Put the policies' questions before the training; what crossed, and FLOPs of training for an answer."""
         transfers: list[Transfer] = []
         flops: dict[int, float] = {}

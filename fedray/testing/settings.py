@@ -89,7 +89,7 @@ def _of(hint: Any, value: Any) -> Iterator[Any]:
         yield from dict.fromkeys((3, 1, whole + 1, whole - 1, 0))
     elif hint is float:
         real = float(value) if isinstance(value, int | float) else 0.5
-        yield from dict.fromkeys((real * 0.5, (real + 1.0) / 2, real * 0.75, real * 2.0, real * 0.1, real + 0.25, 0.05))
+        yield from dict.fromkeys((real * 0.5, real * 0.1, (real + 1.0) / 2, real * 0.75, real * 2.0, real + 0.25, 0.05))
 
 
 def _changed(policy: Any, **changes: Any) -> Any | None:
@@ -105,13 +105,16 @@ def _running(policy: Any) -> dict[str, int]:
     return {name: number for name, number in RUNNING.items() if name in names}
 
 
-def _decides(policy: Any, name: str, values: list[Any], outcome: Try) -> bool | None:
-    """Whether any of these values gives another result; None where all are refused."""
-    tried = False
+def _decides(policy: Any, name: str, values: list[Any], outcome: Try, most: int = 99) -> bool | None:
+    """Whether any of these values, `most` of those that are accepted, gives another result; None where all are
+    refused."""
+    tried = 0
     for base in (policy, _changed(policy, **_running(policy))):
         if base is None or tried:
             break
         for value in values:
+            if tried == most:
+                break
             other = _changed(base, **{name: value})
             if other is None:
                 continue
@@ -119,7 +122,7 @@ def _decides(policy: Any, name: str, values: list[Any], outcome: Try) -> bool | 
                 result, plain = outcome(other), outcome(base)
             except ConfigError:
                 continue
-            tried = True
+            tried += 1
             if result != plain:
                 return True
     return False if tried else None
@@ -151,6 +154,6 @@ def _others(policy: Any) -> list[tuple[str, str, Any]]:
 def _beside(company: list[tuple[str, str, Any]], name: str, outcome: Try) -> str | None:
     """The first other choice beside which a field decides something."""
     for whose, words, policy in company:
-        if whose != name and _decides(policy, name, list(alternatives(policy, name))[:3], outcome):
+        if whose != name and _decides(policy, name, list(alternatives(policy, name)), outcome, most=3):
             return words
     return None

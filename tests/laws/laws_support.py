@@ -13,11 +13,11 @@ from fedray.pruners import FedDST, Magnitude, NoPruning, Random
 from fedray.round import Optim, Policy
 from fedray.strategies import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedDyn, FedNova, FedSGD, FedYogi
 from fedray.testing.compare import distance, fingerprint
-from fedray.testing.federation import Packed, run, run_spec, synthetic
+from fedray.testing.federation import Packed, Ran, Watching, run, run_spec, synthetic
 from fedray.train import LearningRate
 from fedray.wire import Delta, Float16, ScaledSign, TopK, Uniform, Way, Wire
 
-__all__ = ["Packed", "distance", "fingerprint", "run"]
+__all__ = ["Packed", "Ran", "Watching", "distance", "fingerprint", "run"]
 
 # -- wires -----------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from laws_support import PRUNERS, SIZES, label, population, run, spec
 from fedray.corrections import Scaffold
 from fedray.models.normalisation import pooled, statistics
 from fedray.personal import FedBN, FedPer, StaticNorm
-from fedray.pruners import Magnitude, NoPruning
+from fedray.pruners import HeteroFL, Magnitude, NoPruning
 from fedray.sim.checkpoint import load, save
 from fedray.sim.client import Worker
 from fedray.sim.driver import Driver
@@ -181,3 +181,12 @@ def test_only_the_model_is_sent_when_statistics_are_asked_for():
         asked.append([(row["client"], row["direction"], row["part"], row["value_bytes"]) for row in rows])
     assert asked[0] == asked[1]
     assert asked[0]
+
+
+def test_static_statistics_are_those_of_the_whole_model_where_clients_are_sent_a_share_of_it():
+    shares = HeteroFL(rates=(0.5,), shares=(1.0,), masked_loss=False, own_labels=False)
+    driver = run(given("static", shares, rounds=1), population("batchnorm_cnn")).driver
+    assert driver.server.mask is None
+    # Channels that no client trains have data going through them all the same.
+    variances = [driver.statistics[name] for name in driver.statistics if name.endswith("running_var")]
+    assert (torch.cat(variances) > 0).all()

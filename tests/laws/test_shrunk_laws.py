@@ -214,6 +214,16 @@ def test_a_fit_does_not_depend_on_the_fits_before():
     assert equal(one.buffers, two.buffers)
 
 
+def test_a_smaller_model_is_recorded_alike_after_a_job_that_went_astray():
+    data, clean, astray = samples("mlp"), engine("mlp", "traced"), engine("mlp", "traced")
+    assert not fit(astray, job(astray, lr=1e30), data).params.flat.isfinite().all()
+    given = job(clean, mask=units(clean), shrink=True)
+    one, two = fit(clean, given, data), fit(astray, given, data)
+    assert equal(one.params, two.params)
+    assert [small.kind for small in astray._smaller.values()] == ["traced"]
+    assert [small._step is astray._step for small in astray._smaller.values()] == [True]
+
+
 def test_only_so_many_smaller_models_are_kept(monkeypatch):
     monkeypatch.setattr("fedray.train.engine.SMALLER_KEPT", 2)
     mine, data = engine("mlp"), samples("mlp")

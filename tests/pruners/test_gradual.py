@@ -1,6 +1,7 @@
 """Gradual magnitude pruning from a warm start, and defaults that follow the length of a run."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from yaml_checks import check_file, composed, made
@@ -32,7 +33,7 @@ def test_the_file_is_complete_and_accepted_from_ten_rounds_on():
 
 
 def test_training_is_dense_until_the_start_and_exact_from_the_end_on(world):
-    policies = [made("gradual"), FedAvg()]
+    policies = [replace(made("gradual"), sparsity=0.8), FedAvg()]
     servers = world.run(policies, 8)
     kept = [world.all_prunable() if s.mask is None else world.kept(s) for s in servers]
     # Cubic from 0 at round 2 to 0.8 at round 6: 0.8 (1 - (1 - t)^3) of 52.

@@ -114,8 +114,6 @@ CHANGES = [
     {"by_structure": 0.2},
     {"units": ("block",)},
     {"unit_score": "fpgm"},
-    {"unit_ranking": "global"},
-    {"unit_ranking": "global", "most": 0.4},
     {"ranking": "local"},
     {"ranking": "local", "allocation": "erk"},
     {"schedule": "cubic"},
@@ -152,9 +150,7 @@ BAD = [
     ("by_structure", 1.1, "it is a share of what is removed, 0 to 1"),
     ("units", ["layer"], "list some of filter, neuron, head, block"),
     ("unit_score", "taylor", "choose l1, l2, group, norm_scale, fpgm"),
-    ("unit_ranking", "layer", "choose local or global"),
     ("ranking", "layer", "choose local or global"),
-    ("most", -1.0, "it is a fraction of a group's units, 0 to 1"),
     ("allocation", "even", "choose uniform, er, erk"),
 ]
 

@@ -156,6 +156,16 @@ def test_every_hyper_parameter_is_read(world, change):
     assert not torch.equal(torch.stack(one), torch.stack(two))
 
 
+def test_a_global_ranking_is_capped_by_most(world):
+    here = placed(world, residual())
+    size = {most: here.start(Structured(sparsity=0.6, ranking="global", most=most)).mask for most in (0.6, 1.0)}
+    # At most 2 of 4, 3 of 6 and 1 of 2 may go: then 2, 3 and 1 are left, where 5 of 12 were asked for.
+    left = here.ctx(0).structure.kept(size[0.6])
+    assert [int(left[name].sum()) for name in ("stem", "one.in", "two.in")] == [2, 3, 1]
+    left = here.ctx(0).structure.kept(size[1.0])
+    assert sum(int(left[name].sum()) for name in ("stem", "one.in", "two.in")) == 5
+
+
 def test_hooks_write_to_no_input_answer_the_same_twice_and_the_policy_is_a_value(here):
     policy = replace(GRADUAL, start=0, ranking="global")
     policies = [policy, FedAvg()]
