@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import torch
@@ -411,6 +412,7 @@ class Policy(Generic[M, C]):
 
     cuts: what kind of mask it makes; "weights" cuts single weights out of matrices, "structures" whole units with
           everything that belongs to them (biases and norms too), "both" first units and then weights, "none" nothing.
+    exempt: laws of the conformance suite that do not apply, and why: see docs/conformance.md.
     regrown: where a coordinate starts that comes back: at zero, or at the value that the server held for it.
     sends_each: whether `send` gives each client a message of its own; then downloads cannot follow each other.
     depends_on_time: whether the course of a run depends on how long things take; then it has only one price.
@@ -421,6 +423,7 @@ class Policy(Generic[M, C]):
     sends_each: ClassVar[bool] = False
     depends_on_time: ClassVar[bool] = False
     recomputes_statistics: ClassVar[bool] = False
+    exempt: ClassVar[Mapping[str, str]] = MappingProxyType({})
     regrown: ClassVar[Literal["zero", "held"]] = "zero"
 
     def sparsity_after(self, round: int) -> float | None:

@@ -105,6 +105,7 @@ def test_every_metric_of_the_readme_is_in_a_row(tmp_path: Path) -> None:
             "+experiment=quickstart",
             "personal=ditto",
             "rounds=40",
+            "pruner.finish=40",
             "stop.targets=[0.1]",
             "runtime=inline",
             "tracker.progress=none",

@@ -38,6 +38,7 @@ class SubFedAvgHybrid(ComparesEpochs, Policy[None, Any]):
     shrink:    train the physically smaller model; if not, the whole model under the mask. The same but for rounding.
     """
 
+    exempt = {"sparsity_zero_is_fedavg": "channels have a sparsity of their own, and the penalty pulls scales"}  # noqa: RUF012
     cuts: ClassVar[Literal["none", "weights", "structures", "both"]] = "both"
 
     sparsity: float = 0.5

@@ -104,9 +104,7 @@ class Subject:
 
     def reason_without(self, check: str) -> str | None:
         """Why the policy says that a law does not apply to it; None where it says nothing."""
-        # Policies of others need not know of it, so it is no field of the protocol.
-        exempt: dict[str, str] = getattr(type(self.policy), "exempt", {})
-        return exempt.get(check)
+        return self.policy.exempt.get(check)
 
 
 def by_client(uploads: Iterable[Upload]) -> dict[int, list[Upload]]:

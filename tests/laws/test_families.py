@@ -122,7 +122,8 @@ def test_the_sample_covers_every_pair_of_pruner_with_family_and_wire():
     groups = {
         group: {path.stem for path in (Path(conf_folder()) / group).glob("*.yaml")} for group in ("pruner", "wire")
     }
-    assert groups == {"pruner": set(PRUNERS), "wire": set(WIRES)}
+    assert groups["wire"] == set(WIRES)
+    assert groups["pruner"] >= set(PRUNERS)  # of every kind one; the others are in test_combinations
 
 
 @pytest.mark.full
