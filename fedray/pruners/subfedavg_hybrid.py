@@ -26,7 +26,7 @@ class SubFedAvgHybrid(ComparesEpochs, Policy[None, Any]):
 
     As pruner=subfedavg, see there for course, source and deviations, with two kinds of masks. Channels of convolutions
     go by the smallest scale of their batch normalisation, with all that belongs to them; an L1 penalty pulls scales to
-    zero. Of linear layers single weights go. Each kind has its own distance, and what passes is judged together.
+    zero. Of linear layers single weights go. Each kind has its own distance; what passes is judged together.
 
     Further deviations: the penalty has the signs of the scales as they were received; the least number of channels is a
     fraction ([3, 8] of [6, 16] there); a client returns statistics of channels that it has cut as it received them.
@@ -34,8 +34,7 @@ class SubFedAvgHybrid(ComparesEpochs, Policy[None, Any]):
     sparsity:  the target of each linear layer: fraction of its weights removed one by one, in [0, 1).
     rate:      the fraction of what is left there that one event cuts, in (0, 1). distance: as in Sub-FedAvg (Un).
     channel_sparsity, channel_rate, channel_distance: the same for the channels of each group, counted in channels.
-    accuracy:  an event needs one above it, in [0, 1). penalty: strength of the L1 penalty, at least 0.
-    shrink:    train the physically smaller model; if not, the whole model under the mask. The same but for rounding.
+    accuracy:  an event needs one above it, in [0, 1). penalty: of the scales, at least 0. shrink: train smaller models.
     """
 
     exempt = {"sparsity_zero_is_fedavg": "channels have a sparsity of their own, and the penalty pulls scales"}  # noqa: RUF012
@@ -95,6 +94,6 @@ class SubFedAvgHybrid(ComparesEpochs, Policy[None, Any]):
     def end(self, fit: Fit, message: Message, memory: Any, ctx: Context) -> tuple[Fit, Message, Mask | None]:
         fit, message, memory = super().end(fit, message, memory, ctx)
         if fit.mask is not None and (units := ctx.structure) and "buffers" in fit.received:
-            buffers = held_buffers(units, units.kept(fit.mask), fit.buffers, fit.received["buffers"])
-            fit = replace(fit, buffers=buffers)
+            held = held_buffers(units, units.kept(fit.mask), fit.buffers, fit.received["buffers"])
+            return replace(fit, buffers=held), message, memory
         return fit, message, memory
