@@ -40,10 +40,11 @@ from fedray.errors import ConfigError
 from fedray.keys import Key
 from fedray.models import Scope, Task, pretrained
 from fedray.models.normalisation import NO_BATCH_NORM, group_normed, norm_layers
+from fedray.models.structure import find_structure
 from fedray.models.task import OBJECTIVES, kinds, prunable_names, trainable
 from fedray.personal import FedBN, StaticNorm
 from fedray.round import FieldError, Optim, Policy
-from fedray.sim.client import codec_of, has_global_model
+from fedray.sim.client import codec_of, cuts_units, has_global_model
 from fedray.sim.goals import Goals
 from fedray.sim.population import Population
 from fedray.sim.sampling import BySize
@@ -272,11 +273,18 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None, choices: Mappin
     if config["batch_norm"] in (*KEPT_NORMS, "static") and not norm_layers(module):
         raise ConfigError(NO_BATCH_NORM.format(config["batch_norm"]))
     facts = replace(
-        spec.facts(), kinds=kinds(module), objective=dataset.objective, has_statistics=bool(norm_layers(module))
+        spec.facts(),
+        kinds=kinds(module),
+        objective=dataset.objective,
+        has_statistics=bool(norm_layers(module)),
+        tokens=dataset.vocabulary is not None,
     )
     for name, policy in policies:
         _under(name, lambda policy=policy: policy.check(facts))
     codec_of(module, spec)
+    left_out: tuple[str, ...] = ()
+    if cuts_units(spec):
+        left_out = find_structure(module, try_inputs(1, dataset.shape, dataset.vocabulary)).left_out
     _check_goals(spec, module)
     population = _population(dealt, config, spec)
     if config["model"].get("init_from") is not None:
@@ -291,6 +299,7 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None, choices: Mappin
         spec = replace(spec, initial_mask=found)
     run_id = _run_id(config, dataset)
     warnings = [f"{name}: {text}" for name, policy in policies for text in policy.warns(facts)]
+    warnings += [f"pruner: {text}" for text in left_out]
     if isinstance(spec.sampler, BySize) and config["strategy"].get("weight_by") == "examples":
         warnings.append("sampling: by_size and strategy.weight_by=examples count sizes twice; set it to uniform")
     about = {

@@ -387,6 +387,7 @@ class RunFacts:
     validation: share of each client's training data that is set apart.
     public:    number of training examples that the server has to itself, before any are dealt to clients.
     has_statistics: whether the model has batch normalisation with running statistics; None before it is known.
+    tokens:    whether samples are tokens; None before the data are known.
     """
 
     rounds: int
@@ -401,6 +402,7 @@ class RunFacts:
     kinds: Mapping[str, str] | None = None
     objective: str | None = None
     has_statistics: bool | None = None
+    tokens: bool | None = None
 
 
 class Policy(Generic[M, C]):

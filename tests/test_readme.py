@@ -156,6 +156,12 @@ def test_every_wire_is_in_the_readme_and_every_stage_and_convention_on_the_wire_
     assert [name for name in CODER_NAMES if name not in ("none", "known") and f"`{name}`" not in WIRE] == []
 
 
+def test_docs_pruners_has_every_pruner() -> None:
+    text = (ROOT / "docs" / "pruners.md").read_text(encoding="utf-8")
+    for path in (Path(conf_folder()) / "pruner").glob("*.yaml"):
+        assert f"`{path.stem}`" in text, path.stem
+
+
 @pytest.mark.parametrize(
     "group", ["strategy", "correction", "personal", "sampling", "availability", "partition", "data"]
 )

@@ -41,7 +41,7 @@ class SynFlow(Policy[None, None]):
         refuse(self.iterations < 1, "iterations", self.iterations, "it is a number of steps, at least 1")
 
     def check(self, run: RunFacts) -> None:
-        if run.objective == "next_token":
+        if run.tokens:
             raise ConfigError(
                 "pruner is synflow; it needs an input of ones, and the model takes tokens: take a pruner that looks at "
                 "data, such as pruner=snip"

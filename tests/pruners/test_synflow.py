@@ -127,7 +127,7 @@ def test_with_nothing_removed_nothing_changes_and_the_mask_never_moves(looking):
 
 def test_a_model_of_tokens_is_refused():
     with pytest.raises(ConfigError) as caught:
-        facts(SynFlow(sparsity=0.5), objective="next_token")
+        facts(SynFlow(sparsity=0.5), tokens=True)
     assert str(caught.value) == (
         "pruner is synflow; it needs an input of ones, and the model takes tokens: take a pruner that looks at data, "
         "such as pruner=snip"
