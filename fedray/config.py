@@ -191,10 +191,10 @@ def register() -> None:
     OmegaConf.register_new_resolver("share_of_rounds", _share_of_rounds, replace=True)
 
 
-def _share_of_rounds(share: float, *, _root_: DictConfig) -> int:
-    """That share of `rounds`, rounded down, at least 1: defaults that follow the length of a run."""
+def _share_of_rounds(share: float, least: int = 1, *, _root_: DictConfig) -> int:
+    """That share of `rounds`, rounded down, at least `least`: defaults that follow the length of a run."""
     # Less a float error: 0.29 of 100 is 29.
-    return max(1, int(share * _root_.rounds + 1e-9))
+    return max(least, int(share * _root_.rounds + 1e-9))
 
 
 def conf_folder() -> str:

@@ -73,3 +73,12 @@ def test_a_pruner_keeps_what_it_promises_and_its_mask_moves_in_no_other_round(wo
 @pytest.mark.parametrize("name", ["magnitude", "random", "feddst", "none"])
 def test_files_of_settings_are_complete(name):
     check_file(name)
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3, 4, 5, 7, 10])
+@pytest.mark.parametrize("pruner", ["gradual", "lamp", "threshold"])
+def test_a_run_of_any_length_has_room_for_the_schedule(pruner, rounds):
+    found = composed(pruner, rounds=rounds)
+    assert 0 <= found["start"] <= found["finish"] <= rounds
+    if pruner != "threshold":
+        assert found["start"] < found["finish"]
