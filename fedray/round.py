@@ -126,7 +126,7 @@ class Loss:
     logit_shift: subtracted from the logits before the softmax, one per class; None for zeros. A class with
                  ABSENT_SHIFT or more takes no part: e^-100 is nothing beside any class that is there, and smoothing
                  leaves it out.
-    zeroed:      classes whose logits are replaced by 0 before the softmax (the masked loss of HeteroFL).
+    zeroed:      classes whose logits are replaced by 0 before the softmax.
     temperature: the logits are divided by it, above 0.
     """
 
@@ -314,7 +314,7 @@ class Moments(Protocol):
 
 
 class Flow(Protocol):
-    """The flow through a model without data, see Tanaka et al. 2020 (SynFlow); pure."""
+    """The flow through a model without data; pure."""
 
     def __call__(self, params: Tree, buffers: Tree, mask: Mask | None) -> Tree:
         """|w| * dR/d|w| of every parameter at `params` restricted to the mask, divided by its largest value: R is

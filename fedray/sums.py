@@ -233,6 +233,10 @@ class Sums:
         weight = torch.full((total.layout.size,), float(total.weight[:3].sum()))
         return weight if total.support is None else torch.where(total.support.flat, weight, 0.0)
 
+    def agree(self, name: str) -> bool:
+        """Whether all who contributed vouched for the same coordinates."""
+        return self._totals[name].common
+
     def holders(self, name: str) -> torch.Tensor:
         """How many clients vouched, by coordinate, int32 (n,)."""
         total = self._totals[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fedray.prune.structure import Kept, Structure
 from fedray.prune.widths import assigned, held_buffers
@@ -25,6 +25,10 @@ class TrainsWidths(ABC):
     assignment: "fixed" deals once, "dynamic" anew in each round. It is a pure function of the run's key.
     shrink: train the physically smaller model; if not, the whole model under a mask. The same but for rounding.
     """
+
+    cuts: ClassVar[Literal["none", "weights", "structures", "both"]] = "structures"
+    sends_each: ClassVar[bool] = True
+    regrown: ClassVar[Literal["zero", "held"]] = "held"
 
     rates: tuple[float, ...]
     shares: tuple[float, ...]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from typing import ClassVar, Literal
 
 from fedray.round import Context, Job, Message, Server
 from fedray.sums import Sums
@@ -19,6 +20,9 @@ class CutsWeights(ABC):
     sticky: what is pruned stays pruned: each mask lies within the one before. Otherwise clients train densely in a
             round that ends with an event, their upload is dense too, and pruned weights compete again.
     """
+
+    cuts: ClassVar[Literal["none", "weights", "structures", "both"]] = "weights"
+    regrown: ClassVar[Literal["zero", "held"]] = "held"
 
     sticky: bool
 

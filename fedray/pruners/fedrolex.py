@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import final
 
 from fedray.prune.structure import Kept, Structure
 from fedray.prune.widths import window
@@ -31,10 +31,6 @@ class FedRolex(TrainsWidths, Policy[None, None]):
     shift:  how many units the window moves in a round, at least 0; at 0 windows are prefixes, as in HeteroFL.
     shrink: train the physically smaller model; if not, the whole one under a mask.
     """
-
-    cuts: ClassVar[Literal["none", "weights", "structures", "both"]] = "structures"
-    sends_each: ClassVar[bool] = True
-    regrown: ClassVar[Literal["zero", "held"]] = "held"
 
     rates: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125, 0.0625)
     shares: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)

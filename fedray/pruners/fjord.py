@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, final
+from typing import final
 
 from fedray.prune.structure import Kept, Structure
 from fedray.prune.widths import window
@@ -31,10 +31,6 @@ class FjORD(TrainsWidths, Policy[None, None]):
     distils: a step at p < p_max also teaches it the outputs at p_max (self-distillation, section 4.2).
     shrink:  train physically smaller models; if not, the whole one under masks.
     """
-
-    cuts: ClassVar[Literal["none", "weights", "structures", "both"]] = "structures"
-    sends_each: ClassVar[bool] = True
-    regrown: ClassVar[Literal["zero", "held"]] = "held"
 
     rates: tuple[float, ...] = (1.0, 0.8, 0.6, 0.4, 0.2)
     shares: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)

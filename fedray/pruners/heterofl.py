@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, final
+from typing import final
 
 import torch
 
@@ -38,10 +38,6 @@ class HeteroFL(TrainsWidths, Policy[None, None]):
                  as they were. The mask that says so costs bytes, and tells the server which classes a client has.
     shrink: train the physically smaller model; if not, the whole one under a mask.
     """
-
-    cuts: ClassVar[Literal["none", "weights", "structures", "both"]] = "structures"
-    sends_each: ClassVar[bool] = True
-    regrown: ClassVar[Literal["zero", "held"]] = "held"
 
     rates: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125, 0.0625)
     shares: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import final
 
 from fedray.prune.allocate import Budget, Rounding, total_kept
 from fedray.prune.schedule import Kind
@@ -31,9 +31,6 @@ class Lamp(CutsWeights, Policy[None, None]):
     sticky:   what is pruned stays pruned; otherwise clients train densely in a round that ends with an event.
     budget, rounding: what the sparsity is a fraction of, and how its count is rounded: see `prune.allocate`.
     """
-
-    cuts: ClassVar[Literal["none", "weights", "structures", "both"]] = "weights"
-    regrown: ClassVar[Literal["zero", "held"]] = "held"
 
     sparsity: float
     schedule: Kind = "iterative"

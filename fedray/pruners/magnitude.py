@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, final
+from dataclasses import dataclass
+from typing import Literal, final
 
 from fedray.prune.allocate import ALLOCATIONS, Allocation, Budget, Rounding, total_kept
 from fedray.prune.schedule import Kind
 from fedray.prune.score import magnitude
 from fedray.prune.select import keep_top, keep_top_global
+from fedray.pruners.cuts_weights import CutsWeights
 from fedray.pruners.fields import check_reached, is_due, refuse_fields, scheduled
-from fedray.round import Context, Job, Message, Policy, RunFacts, Server
-from fedray.sums import Sums
+from fedray.round import Context, Policy, RunFacts, Server
+from fedray.tree import Mask
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Magnitude(Policy[None, None]):
+class Magnitude(CutsWeights, Policy[None, None]):
     """Remove the weights of the averaged model that have the smallest magnitude.
 
     Han et al. 2015, "Learning both weights and connections", section 3 (magnitude); Zhu and Gupta 2017, "To prune,
@@ -34,9 +35,6 @@ class Magnitude(Policy[None, None]):
                 in a round that ends with an event, their upload is dense too, and pruned weights compete again.
     budget, rounding: what the sparsity is a fraction of, and how counts are rounded: see `prune.allocate`.
     """
-
-    cuts: ClassVar[Literal["none", "weights", "structures", "both"]] = "weights"
-    regrown: ClassVar[Literal["zero", "held"]] = "held"
 
     sparsity: float
     ranking: Literal["local", "global"] = "local"
@@ -61,25 +59,13 @@ class Magnitude(Policy[None, None]):
     def check(self, run: RunFacts) -> None:
         check_reached(self, run)
 
-    def init_server(self, server: Server, ctx: Context) -> tuple[Server, None]:
-        return self._prune(server, ctx), None
-
-    def begin(self, message: Message, job: Job, memory: None, ctx: Context) -> tuple[Message, Job, None]:
-        return message, job if self.sticky or not self.changes_masks(ctx.round) else replace(job, mask=None), memory
-
-    def settle(self, server: Server, sums: Sums, memory: None, ctx: Context) -> tuple[Server, Sums, None]:
-        return self._prune(server, ctx), sums, memory
-
-    def _prune(self, server: Server, ctx: Context) -> Server:
-        if not self.changes_masks(ctx.round):
-            return server
-        sparsity = self.sparsity_after(ctx.round)
+    def chosen(self, server: Server, within: Mask | None, ctx: Context) -> Mask:
         layout, names, score = server.params.layout, ctx.prunable, magnitude(server.params)
-        within = server.mask if self.sticky else None
+        sparsity = self.sparsity_after(ctx.round)
         if self.ranking == "global":
             total = total_kept(layout, names, sparsity, budget=self.budget, rounding=self.rounding)
-            return server.cut(keep_top_global(score, total, names=names, within=within))
+            return keep_top_global(score, total, names=names, within=within)
         allocate = ALLOCATIONS[self.allocation]
         limits = None if within is None else within.counts(names)
         counts = allocate(layout, names, sparsity, budget=self.budget, rounding=self.rounding, limits=limits)
-        return server.cut(keep_top(score, counts, names=names, within=within))
+        return keep_top(score, counts, names=names, within=within)

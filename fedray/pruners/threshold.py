@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
 from fedray.errors import ConfigError
 from fedray.prune.schedule import is_event
@@ -33,9 +33,6 @@ class Threshold(CutsWeights, Policy[None, None]):
     sticky:    what is pruned stays pruned; otherwise clients train densely in a round that ends with an event.
     at_least:  weights that each tensor keeps in any case, the largest, at least 1.
     """
-
-    cuts: ClassVar[Literal["none", "weights", "structures", "both"]] = "weights"
-    regrown: ClassVar[Literal["zero", "held"]] = "held"
 
     threshold: float = 1.0
     unit: Literal["deviations", "value"] = "deviations"

@@ -294,11 +294,12 @@ class Driver:
                     Broadcast(round=round, server=self.server, memories=self.memories, cohort=cohort)
                 )
                 sums, crossed = Sums(), []
+                sent_flops = costs.masked_flops(self.flops, self.server.mask)
                 for reply in self.runtime.ask("answer", handle, self._costs(clients), at, exchange):
                     sums.merge(reply.sums)
                     crossed += reply.transfers
                     for client, work in reply.work.items():
-                        flops[client] = flops.get(client, 0.0) + self._trained(work, self.server.mask)
+                        flops[client] = flops.get(client, 0.0) + self._trained(work, sent_flops)
                 transfers += sorted(crossed, key=lambda transfer: (transfer.client, transfer.direction))
                 try:
                     server, memory = policy.learn(exchange, self.server, sums, self.memories[at], ctx)
@@ -320,6 +321,8 @@ class Driver:
         if not found or sums.count(found[-1]) < 2:
             return None
         name = found[-1]  # the strategy's: a pruner's own parts come before it
+        if sums.agree(name):
+            return None if sums.support(name).flat.all() else 1.0
         holders = take(Tree(layout, sums.holders(name).double()), self.worker.prunable).flat
         count, kept = sums.count(name), float(holders.sum())
         if kept == count * holders.numel():
@@ -534,12 +537,14 @@ class Driver:
         if done.overlap is not None:
             row["prune/overlap"] = done.overlap
         row["model/flops"] = costs.masked_flops(self.flops, mask)
+        sent_flops = costs.masked_flops(self.flops, done.trained_mask)
         flops = dict(done.asked_flops)
         for result in results:
-            flops[result.client] = flops.get(result.client, 0.0) + self._trained(result.work, done.trained_mask)
+            flops[result.client] = flops.get(result.client, 0.0) + self._trained(result.work, sent_flops)
         self.train_flops += sum(flops[client] for client in sorted(flops))
         row["model/train_flops"] = self.train_flops
-        sparsities = {result.client: self._sparsity(result, done.trained_mask) for result in results}
+        sent_sparsity = 0.0 if done.trained_mask is None else done.trained_mask.sparsity(prunable)
+        sparsities = {result.client: self._sparsity(result, sent_sparsity) for result in results}
         if any(sparsities.values()):
             row["client/sparsity_mean"] = float(np.mean(list(sparsities.values())))
         memory = self._memory(mask)
@@ -567,27 +572,22 @@ class Driver:
         }
         return row | self._simulated(done, clients), clients
 
-    def _trained(self, work: Sequence[Work], mask: Mask | None) -> float:
-        """FLOPs of what a client trained; mask: the one that it was sent."""
+    def _trained(self, work: Sequence[Work], sent_flops: float) -> float:
+        """FLOPs of what a client trained; sent_flops: of one sample under the mask that it was sent."""
         layout = self.worker.origin.layout
-        return sum(
-            costs.TRAIN_FACTOR
-            * one.num_seen
-            * (
-                costs.masked_flops(self.flops, mask)
-                if one.kept is None
-                else costs.kept_flops(self.flops, layout, one.kept)
-            )
-            for one in work
-        )
+        total = 0.0
+        for one in work:
+            flops = sent_flops if one.kept is None else costs.kept_flops(self.flops, layout, one.kept)
+            total += costs.TRAIN_FACTOR * one.num_seen * flops
+        return total
 
-    def _sparsity(self, result: ClientResult, sent: Mask | None) -> float:
-        """The fraction removed of what a client uploaded."""
-        prunable, spans = self.worker.prunable, self.worker.origin.layout.spans
+    def _sparsity(self, result: ClientResult, sent: float) -> float:
+        """The fraction removed of what a client uploaded; sent: of what it was sent."""
         if result.kept is None:
-            return 0.0 if sent is None else sent.sparsity(prunable)
-        total = sum(spans[name].stop - spans[name].start for name in prunable)
-        return 1.0 - sum(result.kept[name] for name in prunable) / total if total else 0.0
+            return sent
+        spans = self.worker.origin.layout.spans
+        total = sum(spans[name].stop - spans[name].start for name in result.kept)
+        return 1.0 - sum(result.kept.values()) / total if total else 0.0
 
     def _simulated(self, done: _Open, clients: dict[int, dict[str, Any]]) -> dict[str, float]:
         """Time and energy on the clients' imagined hardware and links; nothing where the run names neither."""
