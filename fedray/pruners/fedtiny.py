@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
@@ -14,15 +13,15 @@ from fedray.prune.score import magnitude
 from fedray.prune.search import noisy_counts
 from fedray.prune.select import keep_top
 from fedray.pruners.candidates import Moments, SelectsByStatistics
-from fedray.pruners.swapping import SwapsWeights
-from fedray.round import Context, Fit, Message, Part, PartSpec, Policy, Server, refuse
+from fedray.pruners.swapping import GROWTH, SwapsByGradients
+from fedray.round import Context, Policy, Server, refuse
 from fedray.sums import Sums
-from fedray.tree import Layout, Mask, Tree, restrict
+from fedray.tree import Mask, Tree
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class FedTiny(SelectsByStatistics, SwapsWeights, Policy[Moments, None]):
+class FedTiny(SelectsByStatistics, SwapsByGradients, Policy[Moments, None]):
     """FedTiny (Huang et al. 2023): adaptive batch normalisation selection, then progressive pruning.
 
     The first mask is one of several at the same sparsity, which keep the largest initial weights of each tensor and
@@ -45,21 +44,15 @@ class FedTiny(SelectsByStatistics, SwapsWeights, Policy[Moments, None]):
     noise: float = 0.5
     until: int = 100
     groups: int = 5
-    gradient_batch_size: int | None = 32
 
     def __post_init__(self) -> None:
         SelectsByStatistics.__post_init__(self)
-        SwapsWeights.__post_init__(self)
+        SwapsByGradients.__post_init__(self)
         refuse(not 0.0 <= self.noise < 1.0, "noise", self.noise, "it is 0 to below 1, and 0 makes all candidates equal")
         refuse(self.groups < 1, "groups", self.groups, "it is a number of groups, at least 1")
-        size, rule = self.gradient_batch_size, "it is a number of examples, at least 1, or null for all"
-        refuse(size is not None and size < 1, "gradient_batch_size", size, rule)
 
     def changes_masks(self, round: int) -> bool:
         return round == 0 or self.is_due(round) or (round == 1 and self.candidates > 1)
-
-    def parts(self, params: Layout, buffers: Layout) -> Mapping[str, PartSpec]:
-        return {"growth": PartSpec(layout=params, direction="up", lossy=False)}
 
     def candidate(self, number: int, ctx: Context) -> Mask:
         counts = self.counts(ctx.origin.layout, ctx.prunable)
@@ -70,23 +63,15 @@ class FedTiny(SelectsByStatistics, SwapsWeights, Policy[Moments, None]):
     def init_server(self, server: Server, ctx: Context) -> tuple[Server, Moments]:
         return server.cut(self.candidate(0, ctx)), self.first_memory(server)
 
-    def end(self, fit: Fit, message: Message, memory: None, ctx: Context) -> tuple[Fit, Message, None]:
-        if not self.is_due(ctx.round) or fit.num_steps == 0:
-            return fit, message, memory
-        assert fit.mask is not None
-        assert ctx.probe is not None
-        batch = self.gradient_batch_size and min(self.gradient_batch_size, fit.num_examples)
-        _, seen = ctx.probe(fit.params, fit.buffers, fit.mask, wants=frozenset({"grad"}), batch_size=batch)
-        steep = keep_top(magnitude(seen["grad"]), self._swaps(fit.mask, ctx), names=ctx.prunable, within=~fit.mask)
-        support = steep & ~fit.mask
-        part = Part(value=restrict(seen["grad"], support), weight=float(fit.num_examples), support=support)
-        return fit, message.put("growth", part), memory
+    def asked(self, gradient: Tree, mask: Mask, ctx: Context) -> Mask:
+        # What is not prunable is kept whole by the selection, and nobody asks for it.
+        return keep_top(magnitude(gradient), self._swaps(mask, ctx), names=ctx.prunable, within=~mask) & ~mask
 
     def settle(self, server: Server, sums: Sums, memory: Moments, ctx: Context) -> tuple[Server, Sums, Moments]:
-        if not self.is_due(ctx.round) or "growth" not in sums:
+        if not self.is_due(ctx.round) or GROWTH not in sums:
             return server, sums, memory
         assert server.mask is not None
-        summed = Tree(server.params.layout, sums.mean("growth", otherwise=0.0).flat * sums.weight("growth"))
+        summed = Tree(server.params.layout, sums.mean(GROWTH, otherwise=0.0).flat * sums.weight(GROWTH))
         grown = swap(server.params, summed, server.mask, self._swaps(server.mask, ctx), names=ctx.prunable)
         return server.cut(grown), sums, memory
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 from fedray.prune.regrow import first_mask, swap
-from fedray.pruners.swapping import SwapsWeights
-from fedray.round import Context, Fit, Message, Part, PartSpec, Policy, Server, refuse
+from fedray.pruners.swapping import GROWTH, SwapsByGradients
+from fedray.round import Context, Policy, Server, refuse
 from fedray.sums import Sums
-from fedray.tree import Layout, restrict
+from fedray.tree import Mask, Tree
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class RigL(SwapsWeights, Policy[None, None]):
+class RigL(SwapsByGradients, Policy[None, None]):
     """The rigged lottery (Evci et al. 2020, section 3, algorithm 1), with rounds for steps.
 
     In round r, if r % every == 0 and r < until, clients send, after training, the dense gradient at their weights where
@@ -32,36 +31,22 @@ class RigL(SwapsWeights, Policy[None, None]):
     cuts: ClassVar[Literal["none", "weights", "structures", "both"]] = "weights"
 
     initial: Literal["magnitude", "random"] = "random"
-    gradient_batch_size: int | None = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse(self.initial not in ("magnitude", "random"), "initial", self.initial, "choose magnitude or random")
-        size, rule = self.gradient_batch_size, "it is a number of examples, at least 1, or null for all"
-        refuse(size is not None and size < 1, "gradient_batch_size", size, rule)
-
-    def parts(self, params: Layout, buffers: Layout) -> Mapping[str, PartSpec]:
-        return {"growth": PartSpec(layout=params, direction="up", lossy=False)}
 
     def init_server(self, server: Server, ctx: Context) -> tuple[Server, None]:
         counts = self.counts(server.params.layout, ctx.prunable)
         key = ctx.key.fold("random mask")
         return server.cut(first_mask(server.params, counts, self.initial, key, names=ctx.prunable)), None
 
-    def end(self, fit: Fit, message: Message, memory: None, ctx: Context) -> tuple[Fit, Message, None]:
-        if not self.is_due(ctx.round) or fit.num_steps == 0:
-            return fit, message, memory
-        assert fit.mask is not None
-        assert ctx.probe is not None
-        batch = self.gradient_batch_size and min(self.gradient_batch_size, fit.num_examples)
-        _, seen = ctx.probe(fit.params, fit.buffers, fit.mask, wants=frozenset({"grad"}), batch_size=batch)
-        support = ~fit.mask
-        part = Part(value=restrict(seen["grad"], support), weight=float(fit.num_examples), support=support)
-        return fit, message.put("growth", part), memory
+    def asked(self, gradient: Tree, mask: Mask, ctx: Context) -> Mask:
+        return ~mask
 
     def settle(self, server: Server, sums: Sums, memory: None, ctx: Context) -> tuple[Server, Sums, None]:
-        if not self.is_due(ctx.round) or "growth" not in sums:
+        if not self.is_due(ctx.round) or GROWTH not in sums:
             return server, sums, memory
         assert server.mask is not None
-        gradient, numbers = sums.mean("growth", otherwise=0.0), self.swaps(server.mask, ctx)
+        gradient, numbers = sums.mean(GROWTH, otherwise=0.0), self.swaps(server.mask, ctx)
         return server.cut(swap(server.params, gradient, server.mask, numbers, names=ctx.prunable)), sums, memory

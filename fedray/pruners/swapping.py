@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,8 +11,8 @@ from fedray.prune.allocate import ALLOCATIONS, Allocation, Budget, Rounding
 from fedray.prune.regrow import num_swaps
 from fedray.prune.schedule import cosine
 from fedray.pruners.fields import refuse_fields
-from fedray.round import Context, RunFacts, refuse
-from fedray.tree import Layout, Mask
+from fedray.round import Context, Fit, Message, Part, PartSpec, RunFacts, refuse
+from fedray.tree import Layout, Mask, Tree, restrict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,3 +68,41 @@ class SwapsWeights(ABC):
         constant = self.ratio_decay == "constant"
         ratio = self.ratio if constant else cosine(ctx.round, initial=self.ratio, end=self.until)
         return num_swaps(mask, ratio, names=ctx.prunable, among=among)
+
+
+GROWTH = "growth"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapsByGradients(SwapsWeights):
+    """With what clients send for it: after training, their gradients of some coordinates that the mask cuts.
+
+    A policy that names this before `Policy` adds which coordinates (`asked`).
+
+    gradient_batch_size: examples behind a client's gradient (all, if it has fewer); None for all.
+    """
+
+    gradient_batch_size: int | None = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size, rule = self.gradient_batch_size, "it is a number of examples, at least 1, or null for all"
+        refuse(size is not None and size < 1, "gradient_batch_size", size, rule)
+
+    @abstractmethod
+    def asked(self, gradient: Tree, mask: Mask, ctx: Context) -> Mask:
+        """The coordinates whose gradient a client sends; none that the mask keeps."""
+
+    def parts(self, params: Layout, buffers: Layout) -> Mapping[str, PartSpec]:
+        return {GROWTH: PartSpec(layout=params, direction="up", lossy=False)}
+
+    def end(self, fit: Fit, message: Message, memory: None, ctx: Context) -> tuple[Fit, Message, None]:
+        if not self.is_due(ctx.round) or fit.num_steps == 0:
+            return fit, message, memory
+        assert fit.mask is not None
+        assert ctx.probe is not None
+        batch = self.gradient_batch_size and min(self.gradient_batch_size, fit.num_examples)
+        _, seen = ctx.probe(fit.params, fit.buffers, fit.mask, wants=frozenset({"grad"}), batch_size=batch)
+        support = self.asked(seen["grad"], fit.mask, ctx)
+        part = Part(value=restrict(seen["grad"], support), weight=float(fit.num_examples), support=support)
+        return fit, message.put(GROWTH, part), memory
