@@ -33,10 +33,13 @@ class Crop:
 
     padding: width of the margin in pixels, above 0 and below 128.
     fill:    its value, in the model's units: 0 is the mean colour, (0 - mean) / std is black.
+    reflect: whether the margin shows the image's own border mirrored, and `fill` is not used. The border's outermost
+             line is not repeated, so that `padding` must be below the image's height and width.
     """
 
     padding: int = 4
     fill: float = 0.0
+    reflect: bool = False
 
     def __post_init__(self) -> None:
         if not _is_int(self.padding) or not 0 < self.padding < 128:
@@ -47,12 +50,23 @@ class Crop:
             raise ConfigError(
                 f"augment.crop.fill is {self.fill!r}; it must be a finite number, such as 0 for the mean colour"
             )
+        if not isinstance(self.reflect, bool):
+            raise ConfigError(f"augment.crop.reflect is {self.reflect!r}; it must be true or false")
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise ConfigError if images of this shape have no such margin."""
+        if self.reflect and self.padding >= min(shape[1:]):
+            raise ConfigError(
+                f"augment.crop.padding is {self.padding} and reflects images of {shape[1]}x{shape[2]}; it must be "
+                "below both, so make it smaller or set augment.crop.reflect=false"
+            )
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         count, channels, height, width = x.shape
         if count == 0:
             return x.clone()
-        padded = F.pad(x, (self.padding,) * 4, value=self.fill)
+        margin = (self.padding,) * 4
+        padded = F.pad(x, margin, "reflect") if self.reflect else F.pad(x, margin, value=self.fill)
         down, right = self._places(count, generator).unbind(1)
         tall, wide = padded.shape[2:]
         lines = torch.arange(count * channels, device=x.device).view(count, channels, 1) * tall
@@ -146,6 +160,9 @@ class Augment:
                 f"augment has {len(self.stages)} stages and samples have shape {shape}; they need images of shape "
                 "(channels, height, width), so take augment=none"
             )
+        for stage in self.stages:
+            if isinstance(stage, Crop):
+                stage.check(shape)
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """x: float32 (n, C, H, W), on the generator's device. Returns the same shape; x stays as it is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,6 +45,16 @@ def test_cropping_a_batch_is_cropping_each_sample(padding, fill):
     crop = Crop(padding=padding, fill=fill)
     places = crop._places(len(IMAGES), generator())
     assert torch.equal(crop(IMAGES, generator()), cropped_one_by_one(crop, IMAGES, places))
+
+
+def test_a_reflected_margin_is_that_of_numpy():
+    crop = Crop(padding=3, reflect=True)
+    padded = torch.from_numpy(np.pad(IMAGES.numpy(), ((0, 0), (0, 0), (3, 3), (3, 3)), "reflect"))
+    places = crop._places(len(IMAGES), generator()).tolist()
+    windows = [
+        image[:, row : row + 9, column : column + 7] for image, (row, column) in zip(padded, places, strict=True)
+    ]
+    assert torch.equal(crop(IMAGES, generator()), torch.stack(windows))
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 30])
@@ -105,6 +116,11 @@ def test_a_chain_is_its_stages_one_after_the_other_with_one_generator():
     [
         (lambda: Crop(padding=0), "augment.crop.padding is 0; it must be a whole number from 1 to 127"),
         (lambda: Crop(fill=float("nan")), "augment.crop.fill is nan; it must be a finite number"),
+        (lambda: Crop(reflect=1), "augment.crop.reflect is 1; it must be true or false"),
+        (
+            lambda: Augment((Crop(padding=7, reflect=True),)).check((3, 9, 7)),
+            "augment.crop.padding is 7 and reflects images of 9x7; it must be below both",
+        ),
         (lambda: Flip(probability=1.5), "augment.flip.probability is 1.5; it must lie from 0 to 1"),
         (lambda: Cutout(size=0), "augment.cutout.size is 0; it must be a whole number of at least 1"),
         (lambda: Augment.of({"crop": 4}), "augment.crop is 4; it must be a stage such as fedray.data.augment.Crop"),

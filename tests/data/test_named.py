@@ -76,6 +76,31 @@ def test_every_named_set_has_a_yaml_that_says_what_is_known_of_it(name):
     assert settings["path"] is None
 
 
+def test_what_samples_are_normalised_by_can_be_given(tmp_path):
+    path = both(tmp_path / "data", {"img": images(4), "label": [0, 1, 0, 1]})
+    usual = hub(name="mnist", path=path, columns={"image": "img", "label": "label"})
+    raw = hub(name="mnist", path=path, columns={"image": "img", "label": "label"}, mean=[0], std=[1])
+    assert (raw.mean, raw.std) == ((0.0,), (1.0,))
+    assert raw.digest != usual.digest
+    assert hub(name="mnist", path=path, columns={"image": "img", "label": "label"}, mean=[0.1307]) == usual
+    measured = hub(name="mine", path=path, columns={"image": "img", "label": "label"}, std=[0.5])
+    assert measured.std == (0.5,)
+    assert measured.mean == hub(name="mine", path=path, columns={"image": "img", "label": "label"}).mean
+
+
+def test_what_samples_cannot_be_normalised_by_is_refused(tmp_path):
+    path = both(tmp_path / "data", {"image": images(4), "label": [0, 1, 0, 1]})
+    refused("data.mean is 'grey'; it must be a list of numbers, such as [0.5], or null", path=path, mean="grey")
+    refused("data.std is [True]; it must be a list of numbers", path=path, std=[True])
+    with pytest.raises(ConfigError, match=r"data\.std is .*; it must be finite and above 0"):
+        hub(name="mine", path=path, std=[0]).check()
+    with pytest.raises(ConfigError, match=r"data\.mean has 2 values for samples of shape"):
+        hub(name="mine", path=path, mean=[0, 0]).check()
+    text = both(tmp_path / "text", {"text": ["a", "b"], "label": [0, 1]})
+    columns = {"text": "text", "label": "label"}
+    refused("data.mean is set and samples are tokens; leave it null", path=text, columns=columns, length=2, mean=[0])
+
+
 @pytest.mark.parametrize("name", sorted(set(NAMED) - {"emnist"}))
 def test_every_named_set_is_read_from_the_hubs_files_with_its_own_columns(tmp_path, name):
     known = NAMED[name]

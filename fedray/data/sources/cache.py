@@ -61,16 +61,25 @@ def hash_files(files: Mapping[str, Iterable[Path]]) -> dict[str, list[str]]:
     return {split: [hash_file(path) for path in paths] for split, paths in files.items()}
 
 
-def cached(source: Source, *, name: str, constants: Constants | None = None, num_classes: int | None = None) -> Dataset:
+def cached(
+    source: Source,
+    *,
+    name: str,
+    constants: Constants | None = None,
+    num_classes: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Dataset:
     """The data set of a source, mapped read-only from FEDRAY_CACHE (default ~/.cache/fedray/data), decoded if new.
 
     constants:   mean and standard deviation of each channel; None for those of the training samples.
     num_classes: None for what the source says, or one more than the largest label.
+    mean, std:   in place of those, whatever the samples are; unchecked.
     """
     folder = cache_root() / _fingerprint(source)
     if not folder.exists():
         _decode(source, folder)
-    return _load(name, folder, constants, num_classes)
+    return _load(name, folder, constants, num_classes, mean, std)
 
 
 def cache_root() -> Path:
@@ -132,7 +141,14 @@ def _store(array: np.ndarray, scratch: Path, which: str) -> None:
         np.save(scratch / f"{which}.npy", array)
 
 
-def _load(name: str, folder: Path, constants: Constants | None, num_classes: int | None) -> Dataset:
+def _load(
+    name: str,
+    folder: Path,
+    constants: Constants | None,
+    num_classes: int | None,
+    chosen_mean: tuple[float, ...] | None,
+    chosen_std: tuple[float, ...] | None,
+) -> Dataset:
     """The data set that lies decoded in `folder`."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -152,6 +168,8 @@ def _load(name: str, folder: Path, constants: Constants | None, num_classes: int
                 f"{len(mean)}; give the folder of {name} or another data.name"
             )
         mean, std = constants
+    mean = mean if chosen_mean is None else chosen_mean
+    std = std if chosen_std is None else chosen_std
     scale = 1 / 255 if arrays["train_x"].dtype == np.uint8 and vocabulary is None else 1.0
     kind: Kind = objective
     dataset = Dataset(

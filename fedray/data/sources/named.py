@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -99,6 +100,8 @@ def hub(
     mode: Mode | None = None,
     length: int | None = None,
     test_fraction: float | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Dataset:
     """A data set by name: in a folder, or without one through the Hugging Face package `datasets`.
 
@@ -123,6 +126,9 @@ def hub(
     mode:    "grey" or "rgb": images are converted. null: they must all be alike.
     length:  bytes of a sample of text; longer ones are cut.
     test_fraction: share held out where there is no test set, of each owner or else of each class, fixed for all seeds.
+    mean, std: what samples are normalised by, (x - mean) / std with pixels in [0, 1]: a value for each channel, or one
+             for all. null: the customary ones of a named set, else those of its training samples. mean=[0] std=[1]
+             leaves them as they are.
 
     Images become uint8 (C, H, W). Everything is decoded once and kept under the hash of the contents in FEDRAY_CACHE
     (default ~/.cache/fedray/data), from where later calls map it read-only.
@@ -156,7 +162,27 @@ def hub(
         if constants is not None and mode is not None and len(constants[0]) != (1 if mode == "grey" else 3):
             constants = None  # those of other channels
         classes = known.classes.get(str(roles.get("label")))
-    return cached(source, name=name, constants=constants, num_classes=classes)
+    data = cached(
+        source,
+        name=name,
+        constants=constants,
+        num_classes=classes,
+        mean=_numbers("mean", mean),
+        std=_numbers("std", std),
+    )
+    if data.vocabulary is not None and (mean is not None or std is not None):
+        raise ConfigError(f"data.{'std' if mean is None else 'mean'} is set and samples are tokens; leave it null")
+    return data
+
+
+def _numbers(key: str, values: Sequence[float] | None) -> tuple[float, ...] | None:
+    """As given; what numbers they may be, the data set says itself."""
+    if values is None:
+        return None
+    listed = not isinstance(values, str) and isinstance(values, Sequence)
+    if not listed or not all(isinstance(value, Real) and not isinstance(value, bool) for value in values):
+        raise ConfigError(f"data.{key} is {values!r}; it must be a list of numbers, such as [0.5], or null")
+    return tuple(float(value) for value in values)
 
 
 # --- a folder ---
