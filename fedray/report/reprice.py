@@ -85,8 +85,8 @@ class Traffic:
 
     @cached_property
     def pairs(self) -> int:
-        """How many times a client took part in a round."""
-        return len({(row["round"], row["client"]) for row in self.rows})
+        """How many times a client took part in the training of a round; being asked besides is no part of it."""
+        return len({(row["round"], row["client"]) for row in self.rows if "exchange" not in row})
 
     @property
     def depends_on_time(self) -> bool:

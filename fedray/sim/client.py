@@ -479,6 +479,8 @@ class Worker:
         wire_seconds += time.perf_counter() - started
 
         last = answer.mask if answer.mask is not None else sent_mask
+        # A message without a mask keeps everything, whatever the client was sent.
+        full = {name: self.origin[name].numel() for name in self.prunable}
         new = Record(
             memories=tuple(after),
             known=last,
@@ -498,7 +500,9 @@ class Worker:
             transfers=(down, Transfer(round=round, client=client, direction="up", sizes=up.sizes)),
             record_changed=changed,
             work=(trained, *turn.work),
-            kept=None if last is None or same_mask(last, broadcast.server.mask) else last.counts(self.prunable),
+            kept=None
+            if same_mask(answer.mask, broadcast.server.mask)
+            else (full if answer.mask is None else answer.mask.counts(self.prunable)),
         )
         return _Done(up.payload, received, sent_mask, result, new if changed else None)
 

@@ -116,6 +116,7 @@ class Driver:
         # Of batch normalisation, where they are recomputed for each evaluation.
         self.statistics: Tree | None = None
         self._measured: Tree | None = None  # the parameters that they belong to
+        self.vouched = self._vouched()
         self.sizes = np.diff(population.starts)
         self.flops = self._dense_flops()
         self.activation_bytes = self._activation_bytes()
@@ -312,15 +313,27 @@ class Driver:
                 self.memories = (*self.memories[:at], memory, *self.memories[at + 1 :])
         return tuple(transfers), flops
 
+    def _vouched(self) -> str | None:
+        """The part in which the strategy has clients send what they made of the parameters; its support is theirs.
+
+        The strategy is next to what cuts; what a pruner or a correction sends besides may have another support.
+        """
+        params, buffers = self.worker.origin.layout, self.worker.origin_buffers.layout
+        policies = [policy for _, policy in self.spec.policies]
+        after = max((at + 1 for at, policy in enumerate(policies) if policy.cuts != "none"), default=0)
+        for policy in policies[after:]:
+            for part, spec in policy.parts(params, buffers).items():
+                if spec.direction == "up" and spec.layout == params:
+                    return part
+        return None
+
     def _overlap(self, sums: Sums) -> float | None:
         """How far the masks that clients sent agree: coordinates that two clients both kept, over those that either
         did, added over all pairs; prunable ones. None with fewer than two clients, or where nothing was cut."""
         layout = self.worker.origin.layout
-        sent = [name for name, spec in self.worker.codec.specs.items() if spec.direction == "up"]
-        found = [name for name in sent if name in sums and self.worker.codec.specs[name].layout == layout]
-        if not found or sums.count(found[-1]) < 2:
+        name = self.vouched
+        if name is None or name not in sums or sums.count(name) < 2:
             return None
-        name = found[-1]  # the strategy's: a pruner's own parts come before it
         if sums.agree(name):
             return None if sums.support(name).flat.all() else 1.0
         holders = take(Tree(layout, sums.holders(name).double()), self.worker.prunable).flat
@@ -458,7 +471,7 @@ class Driver:
                 row[f"test/{main}_after_prune"] = row[f"test/{main}"]
         if waiting.wanted:
             by_model: dict[str, list[float]] = {}
-            for client in self._evaluated_clients(list(clients)):
+            for client in self._evaluated_clients([result.client for result in waiting.results]):
                 own = clients.setdefault(client, {"round": row["round"], "client": client})
                 for which, value in self._local_scores(waiting, scores, client, main).items():
                     name = main if which == "own" else f"{which}_{main}"
@@ -570,6 +583,9 @@ class Driver:
             }
             for result in results
         }
+        for client in sorted({transfer.client for transfer in done.extra} - set(clients)):
+            # Asked and not trained: what it computed and sent is part of the round all the same.
+            clients[client] = {"round": done.round, "client": client, "train_flops": flops.get(client, 0.0)}
         return row | self._simulated(done, clients), clients
 
     def _trained(self, work: Sequence[Work], sent_flops: float) -> float:
@@ -590,25 +606,24 @@ class Driver:
         return 1.0 - sum(result.kept.values()) / total if total else 0.0
 
     def _simulated(self, done: _Open, clients: dict[int, dict[str, Any]]) -> dict[str, float]:
-        """Time and energy on the clients' imagined hardware and links; nothing where the run names neither."""
+        """Time and energy on the clients' imagined hardware and links, of those that trained and of those that were
+        only asked; nothing where the run names neither."""
         spec = self.spec
         if spec.hardware is None and spec.link is None:
             return {}
         simulated = []
-        for result in done.results:
-            sent = dict.fromkeys(("down", "up"), 0)
-            for transfer in _transfers(done):
-                if transfer.client == result.client:
-                    sent[transfer.direction] += transfer.total_bytes
-            row = clients[result.client]
+        sent = {client: dict.fromkeys(("down", "up"), 0) for client in clients}
+        for transfer in _transfers(done):
+            sent[transfer.client][transfer.direction] += transfer.total_bytes
+        for client, row in clients.items():
             one = costs.simulate(
                 spec.hardware,
                 spec.link,
                 key=spec.key,
-                client=result.client,
+                client=client,
                 train_flops=row["train_flops"],
-                down_bytes=sent["down"],
-                up_bytes=sent["up"],
+                down_bytes=sent[client]["down"],
+                up_bytes=sent[client]["up"],
             )
             simulated.append(one)
             row |= {"time/simulated_s": one.seconds, "energy/simulated_j": one.joules}

@@ -10,6 +10,7 @@ from fedray.errors import ConfigError
 from fedray.keys import Key
 from fedray.report.conventions import CONVENTIONS
 from fedray.report.runs import sized
+from fedray.track.store import read_clients
 
 PHONE = Device(
     name="phone", flops_per_s=1e9, memory_bytes=10**9, joules_per_flop=1e-9, joules_per_byte_up=3e-6,
@@ -486,3 +487,35 @@ def test_measured_prices_are_the_drivers_own_totals(report, tmp_path, capsys):
     assert main(["table", str(tmp_path)]) == 0
     (row,) = report.tables(capsys.readouterr().out)[0]
     assert row["MB up"] == sized(last["wire/total_up_bytes"] / 1e6)
+
+
+@pytest.mark.parametrize(
+    ("pruner", "who"),
+    [(["pruner=snip", "pruner.sparsity=0.5"], 6), (["pruner=prunefl", "pruner.initial_client=0"], 4)],
+)
+def test_a_client_that_is_only_asked_counts_in_time_and_bytes_and_not_as_one_that_took_part(
+    pruner, who, report, tmp_path, capsys
+):
+    import fedray
+    from fedray.cli import main
+
+    # In round 1 of seed 1 client 0 does not train, and is asked all the same.
+    overrides = [
+        "runtime=inline", "rounds=1", "seed=1", "num_clients=6", "cohort=3", "model.hidden=[8]", *pruner,
+        "device=phone", "link=lte_mixed", "tracker.progress=none", "tracker.wandb.mode=disabled",
+    ]  # fmt: skip
+    run = fedray.run(overrides, folder=tmp_path)
+    (last,) = run.rows
+    clients = [row for row in read_clients(tmp_path) if "train_flops" in row]
+    trained = [row["client"] for row in clients if "num_steps" in row]
+    assert 0 not in trained
+    assert len(trained) == 3
+    assert len(clients) == who
+    assert sum(row["train_flops"] for row in clients) == pytest.approx(last["model/train_flops"], rel=1e-12)
+    assert max(row["time/simulated_s"] for row in clients) == last["time/simulated_s"]
+    capsys.readouterr()
+    assert main(["reprice", str(tmp_path), "--as", "measured"]) == 0
+    said = capsys.readouterr().out
+    assert "clients took part 3 times" in said
+    times = report.tables(said)[-1]
+    assert by(times, "bytes as")["measured"]["seconds"] == sized(last["time/total_simulated_s"])
