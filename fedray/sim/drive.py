@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -34,6 +34,8 @@ class Recorder(Protocol):
 
     def log(self, text: str) -> None: ...
 
+    def take_notes(self) -> Sequence[str]: ...
+
     def finish(self, status: Literal["finished", "failed", "interrupted"], **facts: Any) -> None: ...
 
 
@@ -49,9 +51,21 @@ class Recording(Protocol):
     def open(self) -> Recorder: ...
 
 
-def drive(spec: RunSpec, population: Population, runtime: Runtime, recording: Recording) -> Iterator[dict[str, Any]]:
+NO_MEMORY = ("MemoryError", "can't allocate memory", "Unable to allocate", "bad_alloc")
+"""What an allocation that fails looks like: in Python, torch, NumPy and C++."""
+
+
+def drive(
+    spec: RunSpec,
+    population: Population,
+    runtime: Runtime,
+    recording: Recording,
+    *,
+    memory_bytes: int | None = None,
+) -> Generator[dict[str, Any], None, None]:
     """Events as they happen: one {"note": text} when clients are ready, {"row": row} a round, then {"end": status}.
 
+    memory_bytes: the ceiling of this run's processes, named where it was the reason of an error; None without one.
     An error ends the stream with {"end": "failed", "error": the exception}; what was finished is recorded.
     """
     recorder = recording.open()
@@ -65,6 +79,7 @@ def drive(spec: RunSpec, population: Population, runtime: Runtime, recording: Re
         engine, reason = runtime.wait_ready()
         recorder.update(engine=engine, engine_reason=reason)
         yield {"note": f"training engine: {engine} ({reason})"}
+        yield from _notes(recorder)
         for record in driver.rounds():
             recorder.write(record.row, record.clients, record.transfers, record.accuracies)
             if record.state is not None:
@@ -72,6 +87,7 @@ def drive(spec: RunSpec, population: Population, runtime: Runtime, recording: Re
             for loss in runtime.take_losses():
                 recorder.log(loss)
                 yield {"note": loss}
+            yield from _notes(recorder)
             yield {"row": record.row}
         if driver.stopped is not None:
             recorder.update(stopped=driver.stopped)
@@ -88,8 +104,19 @@ def drive(spec: RunSpec, population: Population, runtime: Runtime, recording: Re
     except Exception as error:
         recorder.log(traceback.format_exc())
         ours = error if isinstance(error, FedrayError) else RunError(f"{type(error).__name__}: {error}")
+        if memory_bytes is not None and any(sign in str(ours) for sign in NO_MEMORY):
+            ours = RunError(
+                f"{ours}; runtime.memory_gb gives each process of a run {memory_bytes / 1e9:.1f} GB here: raise it, or "
+                "make model, batches or data smaller"
+            )
         recorder.finish("failed", error=str(ours))
         yield {"end": "failed", "error": ours}
         return
     recorder.finish("finished")
+    yield from _notes(recorder)
     yield {"end": "finished"}
+
+
+def _notes(recorder: Recorder) -> Iterator[dict[str, Any]]:
+    for note in recorder.take_notes():
+        yield {"note": note}

@@ -15,12 +15,22 @@ import yaml
 
 import fedray.track
 from fedray.errors import ConfigError
-from fedray.track.store import Store, read_rows
+from fedray.track.store import Store, read_rows, recorded
 from fedray.track.wandb import WandbConfig, WandbTracker
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = 12
 FINAL = {"round": ROUNDS, "test/accuracy": 0.75, "wire/total_bytes": 17, "digest": "ff", "test/loss": math.nan}
+MANIFEST = {
+    "config": {
+        "name": "grid",
+        "seed": 1,
+        "pruner": {"_target_": "fedray.pruners.FedDST", "sparsity": 0.9, "nan": math.nan},
+        "partition": {"alpha": 0.3},
+    },
+    "choices": {"pruner": "feddst", "strategy": "fedavg", "correction": "none", "personal": "none"},
+    "data": {"name": "mnist", "digest": "d1"},
+}
 
 
 @dataclass(frozen=True)
@@ -59,16 +69,14 @@ def inspect(path: Path, *options: str) -> str:
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory: pytest.TempPathFactory) -> Logged:
     folder = tmp_path_factory.mktemp("run")
-    config = WandbConfig(tags=("fedavg", "mnist"), group="grid", histograms_every=5)
-    tracker = WandbTracker(
-        config, run_dir=folder, run_id="abc123", run_config={"seed": 1, "pruner": {"sparsity": 0.9, "nan": math.nan}}
-    )
+    config = WandbConfig(tags=("mine", "mnist"), group="study", histograms_every=5)
+    tracker = WandbTracker(config, run_dir=folder, run_id="abc123", manifest=MANIFEST)
     with Store.create(folder, config_yaml="", manifest={}) as store:
         for number in range(1, ROUNDS + 1):
             store.write(row_of(number), [], [])
             tracker.log(row_of(number), [0.5, math.nan, 0.9] if number != 10 else None)
         store.finish("finished")
-    tracker.finish(FINAL, failed=True)
+    tracker.finish(FINAL, "failed", "RunError: the disk is full")
     records = [json.loads(line) for line in inspect(folder / "wandb").splitlines()]
     return Logged(
         folder=folder,
@@ -110,14 +118,18 @@ def test_the_summary_is_the_final_row(logged: Logged) -> None:
 
 def test_the_run_carries_its_identity_labels_and_nested_config(logged: Logged) -> None:
     config = {key: value for key, value in logged.run["config"]["update"].items() if not key.startswith("_")}
-    assert config == {"seed": 1, "pruner": {"sparsity": 0.9, "nan": None}}
-    assert logged.run["run_id"] == logged.run["display_name"] == "abc123"
-    assert (logged.run["project"], logged.run["run_group"], logged.run["job_type"]) == ("fedray", "grid", "train")
-    assert logged.run["tags"] == ["fedavg", "mnist"]
+    assert config == recorded({**MANIFEST["config"], "choices": MANIFEST["choices"]})
+    assert config["pruner"]["nan"] is None
+    assert logged.run["run_id"] == "abc123"
+    assert logged.run["display_name"] == "feddst 0.9 alpha=0.3 seed=1"
+    assert (logged.run["project"], logged.run["run_group"], logged.run["job_type"]) == ("fedray", "study", "train")
+    assert logged.run["tags"] == ["feddst", "fedavg", "mnist", "mine"]
 
 
 def test_a_failed_run_is_marked_failed(logged: Logged) -> None:
     assert logged.exit_code == 1
+    assert logged.summary["run/status"] == "failed"
+    assert logged.summary["run/error"] == "RunError: the disk is full"
 
 
 def test_wandb_writes_only_into_its_folder_of_the_run_directory(logged: Logged) -> None:
@@ -125,23 +137,44 @@ def test_wandb_writes_only_into_its_folder_of_the_run_directory(logged: Logged) 
     assert names == {"config.yaml", "manifest.json", "rounds.jsonl", "clients.jsonl", "transfers.jsonl", "wandb"}
 
 
-def test_several_runs_in_one_process_and_a_resumed_one_are_logged(tmp_path: Path) -> None:
+def history_of(folder: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in inspect(folder).splitlines()]
+    return [record["history"]["item"] for record in records if record["type"] == "history"]
+
+
+def plain(manifest: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"config": {"seed": 0}} if manifest is None else manifest
+
+
+def test_several_runs_in_one_process_are_logged_apart(tmp_path: Path) -> None:
     first, second = (
-        WandbTracker(WandbConfig(), run_dir=tmp_path / name, run_id=name, run_config={}) for name in ("one", "two")
+        WandbTracker(WandbConfig(), run_dir=tmp_path / name, run_id=name, manifest=plain()) for name in ("one", "two")
     )
     first.log({"round": 1, "a": 1})
     second.log({"round": 1, "a": 2})
-    first.finish(None, failed=False)
-    second.finish(None, failed=False)
-    resumed = WandbTracker(WandbConfig(), run_dir=tmp_path / "more", run_id="one", run_config={})
-    resumed.log({"round": 2, "a": 3})
-    resumed.finish({"round": 2, "a": 3}, failed=False)
+    first.finish(None, "finished")
+    second.finish(None, "finished")
+    found = [[item["a"] for item in history_of(tmp_path / name / "wandb")] for name in ("one", "two")]
+    assert found == [[1], [2]]
 
-    def values(name: str) -> list[int]:
-        records = [json.loads(line) for line in inspect(tmp_path / name / "wandb").splitlines()]
-        return [record["history"]["item"]["a"] for record in records if record["type"] == "history"]
 
-    assert [values(name) for name in ("one", "two", "more")] == [[1], [2], [3]]
+def test_a_resumed_offline_run_holds_every_row_of_the_store_once(tmp_path: Path) -> None:
+    with Store.create(tmp_path, config_yaml="", manifest={}) as store:
+        tracker = WandbTracker(WandbConfig(), run_dir=tmp_path, run_id="one", manifest=plain())
+        for number in range(1, 5):
+            store.write({"round": number, "a": number}, [], [])
+            tracker.log({"round": number, "a": number})
+        tracker.finish(None, "interrupted")
+    # It goes on from the checkpoint of round 3.
+    with Store.resume(tmp_path, last_round=3, config_yaml="", manifest={}) as store:
+        tracker = WandbTracker(WandbConfig(), run_dir=tmp_path, run_id="one", manifest=plain())
+        assert tracker.catch_up() == 3
+        store.write({"round": 4, "a": 40}, [], [])
+        tracker.log({"round": 4, "a": 40})
+        tracker.finish(None, "finished")
+    assert [(item["round"], item["a"]) for item in history_of(tmp_path / "wandb")] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+    assert len(list(tmp_path.glob("wandb/offline-run-*-one"))) == 1
+    assert len(list(tmp_path.glob("wandb/replaced/offline-run-*-one"))) == 1, "nothing is deleted"
 
 
 def test_online_without_a_key_is_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,13 +182,22 @@ def test_online_without_a_key_is_refused_with_the_remedy(tmp_path: Path, monkeyp
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"`wandb login`, or set tracker\.wandb\.mode=offline"):
-        WandbTracker(WandbConfig(mode="online"), run_dir=tmp_path, run_id="abc", run_config={})
+    with pytest.raises(ConfigError, match=r"`wandb login`.*, or set tracker\.wandb\.mode=offline"):
+        WandbTracker(WandbConfig(mode="online"), run_dir=tmp_path, run_id="abc", manifest=plain())
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"mode": "cloud"}, r"tracker\.wandb\.mode='cloud'"), ({"histograms_every": -1}, r"histograms_every=-1")],
+    [
+        ({"mode": "cloud"}, r"tracker\.wandb\.mode is 'cloud'; choose one of online, offline, disabled"),
+        ({"tables": "some"}, r"tracker\.wandb\.tables is 'some'; choose one of all, layers, clients, none"),
+        ({"artifacts": "all"}, r"tracker\.wandb\.artifacts is 'all'; choose one of none, masks, final"),
+        ({"histograms_every": -1}, r"histograms_every is -1; it counts rounds"),
+        ({"timeout_s": 0.0}, r"timeout_s is 0\.0; it must be a number of seconds above 0"),
+        ({"timeout_s": math.nan}, r"timeout_s is nan"),
+        ({"project": "a/b"}, r"project is 'a/b'; it must have 1 to 128 characters"),
+        ({"tags": ("x" * 65,)}, r"tags of 1 to 64 characters"),
+    ],
 )
 def test_a_wrong_setting_is_refused_by_name(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -168,9 +210,9 @@ import sys
 from pathlib import Path
 import fedray.track.progress, fedray.track.store
 from fedray.track.wandb import WandbConfig, WandbTracker
-tracker = WandbTracker(WandbConfig(mode="disabled"), run_dir=Path({str(tmp_path)!r}), run_id="a", run_config={{}})
+tracker = WandbTracker(WandbConfig(mode="disabled"), run_dir=Path({str(tmp_path)!r}), run_id="a", manifest={{}})
 tracker.log({{"round": 10}}, [0.5])
-tracker.finish({{"round": 10}}, failed=False)
+tracker.finish({{"round": 10}}, "finished")
 heavy = {{"wandb", "ray", "torch", "hydra", "omegaconf", "numpy", "rich"}} & set(sys.modules)
 assert not heavy, heavy
 inner = {{name for name in sys.modules if name.startswith("fedray.")}}

@@ -175,7 +175,7 @@ def hub(
     return data
 
 
-def _numbers(key: str, values: Sequence[float] | None) -> tuple[float, ...] | None:
+def _numbers(key: str, values: Any) -> tuple[float, ...] | None:
     """As given; what numbers they may be, the data set says itself."""
     if values is None:
         return None
