@@ -64,7 +64,8 @@ def forward_flops(module: nn.Module, sample: Tensor) -> dict[str, int]:
         if name in known:
             flops[str(name)] = sum(by_operator.values())
     total = counter.get_total_flops()
-    # Products outside a layer with a weight of its own (attention scores, functional calls) are never pruned.
+    # Products outside a layer with a weight of its own (attention scores, functional calls) have no mask to go by: they
+    # count as dense, also where heads or whole blocks are cut and the smaller model computes fewer.
     flops[""] = total - sum(flops.values())
     for prefix, count in steps.items():
         counted = counter.get_flop_counts().get(f"{root}.{prefix}" if prefix else root, {})

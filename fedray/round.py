@@ -317,7 +317,7 @@ class Flow(Protocol):
     """The flow through a model without data; pure."""
 
     def __call__(self, params: Tree, buffers: Tree, mask: Mask | None) -> Tree:
-        """|w| * dR/d|w| of every parameter at `params` restricted to the mask, divided by its largest value: R is
+        """|w * dR/d|w|| of every parameter at `params` restricted to the mask, divided by its largest value: R is
         the sum of the outputs for an input of ones in evaluation mode with absolute weights. float64 inside."""
         ...
 
@@ -371,7 +371,8 @@ class Exchange:
     """A question to clients before a round's training. It is a policy's own: no other policy sees it.
 
     name:    what the ledger calls it; the name of `Policy.exchange_parts`.
-    clients: who is asked: "cohort" (of the round that begins), "all", or ids.
+    clients: who is asked: "cohort" (of the round that begins), "all", or ids. Availability decides about cohorts alone:
+             who is asked by id, or with all others, is waited for.
     """
 
     name: str
@@ -380,7 +381,8 @@ class Exchange:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What `check` may look at. It is called twice: before data load, and when data and model are known.
+    """What `check` may look at. It is called before data load, when data and model are known, and at last with what
+    needs both: units, and who has what.
 
     kinds:     of every trainable tensor by name: weight, bias, norm or other; None before the model is known.
     objective: classification, regression or next_token; None before the data are known.
@@ -388,6 +390,11 @@ class RunFacts:
     public:    number of training examples that the server has to itself, before any are dealt to clients.
     has_statistics: whether the model has batch normalisation with running statistics; None before it is known.
     tokens:    whether samples are tokens; None before the data are known.
+    layout:    of the parameters that the server owns; prunable: names of those that a pruner may cut. None and empty
+               before the last call, as are those below.
+    initial_mask: of the model that the run starts from, over `layout`; None where nothing of it is cut.
+    structure: the units that can be cut whole, where a policy cuts any.
+    unjudged:  clients of whose training data nothing could be set apart, though `validation` asks for it.
     """
 
     rounds: int
@@ -403,6 +410,11 @@ class RunFacts:
     objective: str | None = None
     has_statistics: bool | None = None
     tokens: bool | None = None
+    layout: Layout | None = None
+    prunable: tuple[str, ...] = ()
+    initial_mask: Mask | None = None
+    structure: Structure | None = None
+    unjudged: tuple[ClientId, ...] = ()
 
 
 class Policy(Generic[M, C]):
@@ -419,12 +431,14 @@ class Policy(Generic[M, C]):
     sends_each: whether `send` gives each client a message of its own; then downloads cannot follow each other.
     depends_on_time: whether the course of a run depends on how long things take; then it has only one price.
     recomputes_statistics: whether what it keeps are statistics that the cohort is asked for before each evaluation.
+    looks_ahead: whether its jobs take gradients elsewhere than at the weights (`Job.sharpness`).
     """
 
     cuts: ClassVar[Literal["none", "weights", "structures", "both"]] = "none"
     sends_each: ClassVar[bool] = False
     depends_on_time: ClassVar[bool] = False
     recomputes_statistics: ClassVar[bool] = False
+    looks_ahead: ClassVar[bool] = False
     exempt: ClassVar[Mapping[str, str]] = MappingProxyType({})
     regrown: ClassVar[Literal["zero", "held"]] = "zero"
 
@@ -434,7 +448,7 @@ class Policy(Generic[M, C]):
         return None
 
     def changes_masks(self, round: int) -> bool | None:
-        """Whether masks, the server's or clients', may change in a round; None where that depends on more."""
+        """Whether masks, the server's or clients', change in a round; None where that depends on more."""
         return None
 
     def check(self, run: RunFacts) -> None:

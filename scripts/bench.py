@@ -161,6 +161,7 @@ WIRES = {
         "pruner=feddst",
         "pruner.sparsity=0.5",
         "pruner.every=1",
+        "pruner.until=200",
         "pruner.ratio=0.5",
     ],
     "topk": ["wire=topk"],

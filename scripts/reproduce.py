@@ -103,7 +103,10 @@ ZOO: dict[str, tuple[str, ...]] = {
     "rigl": ("pruner=rigl", "pruner.sparsity={s}", "pruner.every=5", "pruner.until={until}"),
     "set": ("pruner=set", "pruner.sparsity={s}", "pruner.every=5", "pruner.until={until}"),
     # Its size is an outcome: the target is a bound.
-    "prunefl": ("pruner=prunefl", "pruner.target_sparsity={s}", "pruner.every=5", "pruner.finish={until}"),
+    "prunefl": (
+        *("pruner=prunefl", "pruner.target_sparsity={s}", "pruner.every=5", "pruner.finish={until}"),
+        "pruner.until={until}",
+    ),
     "fedtiny": ("pruner=fedtiny", "pruner.sparsity={s}", "pruner.every=5", "pruner.until={until}"),
     "lotteryfl": ("pruner=lotteryfl", "pruner.sparsity={s}", "strategy.weight_by=uniform"),
     # A client takes part about 12 times, so it cuts as much in one event as LotteryFL's; the method needs two epochs.
@@ -123,6 +126,8 @@ def _zoo() -> list[Cell]:
             [text.format(s=sparsity, until=until) for text in ZOO[method]] if method != "none" else ["pruner=none"]
         )
         row = f"{setting} | {method} | " + (f"{sparsity:.0%}" if method != "none" else "")
+        if method == "subfedavg" and sparsity == 0.95:
+            more = (*more, "trainer.lr=0.02")  # at 0.05 some client's training diverges before round 60
         for seed in seeds:
             name = "-".join([setting, method, *([f"{100 * sparsity:g}"] if method != "none" else []), str(seed)])
             overrides = (f"+experiment=zoo_{data}", *settings, *more, f"seed={seed}")

@@ -27,6 +27,10 @@ class FedSAM(Policy[None, None]):
     def __post_init__(self) -> None:
         refuse(not 0.0 <= self.rho < math.inf, "rho", self.rho, "it must be 0 or more; 0 switches the climb off")
 
+    @property
+    def looks_ahead(self) -> bool:  # type: ignore[override]  # at radius 0 it changes nothing
+        return self.rho > 0.0
+
     def check(self, run: RunFacts) -> None:
         sent = [name for _, policy in run.policies for name in policy.parts(Layout((), ()), Layout((), ()))]
         if "delta" not in sent:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
+from fedray.errors import ConfigError
 from fedray.personal.innermost import check_innermost
 from fedray.round import Context, Job, Message, Policy, RunFacts, View, refuse
 
@@ -20,7 +21,8 @@ class Ditto(Policy[None, Own | None]):
 
     Beside its part in the global model, which nothing here touches, a client in the cohort takes steps on
     F_k(v) + pull / 2 |v - w|^2, w being the model that it received. v is the model that it runs; it has buffers of its
-    own, stays under the server's mask, and never travels. Until its first round a client runs the global model.
+    own, stays under the mask of the round, and never travels. Until its first round a client runs the global model. A
+    pruner that gives each client another part of the model from round to round is refused, for v would lose the others.
 
     pull:   lambda of the paper, at least 0; 0 is local training alone.
     epochs: passes of v over the client's data in a round, at least 1; None for the steps of the global job.
@@ -40,6 +42,14 @@ class Ditto(Policy[None, Own | None]):
 
     def check(self, run: RunFacts) -> None:
         check_innermost(self, run)
+        for name, policy in run.policies:
+            moves = any(policy.changes_masks(round) for round in range(1, run.rounds + 1))
+            if policy.sends_each and moves:
+                raise ConfigError(
+                    f"{name} gives clients other parts of the model from round to round, and of a model of its own a "
+                    "client would lose what is not in the last part: keep parts fixed (pruner.assignment=fixed, "
+                    "pruner.shift=0), or set personal=local_fine_tuning"
+                )
 
     def begin(self, message: Message, job: Job, memory: Own | None, ctx: Context) -> tuple[Message, Job, Own | None]:
         assert ctx.job is not None

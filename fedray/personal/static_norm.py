@@ -19,7 +19,10 @@ class StaticNorm(Policy[None, None]):
     Clients normalise by the statistics of their batches and the running ones travel nowhere. Before each evaluation
     the cohort is sent the new model and answers with the statistics of its data, which the server pools; that exchange
     is in the ledger as "statistics". The paper asks all clients; here it is the cohort, who pay for it. A model about
-    which nobody could be asked, because the cohort was empty, is not evaluated.
+    which nobody could be asked, because the cohort was empty, is not evaluated. It is the server's model that is asked
+    about, of clients who train a narrow one too. A client whose own model is another (a width, a mask of its own) is
+    evaluated with statistics of its training data in that one, which it takes by itself, so no bytes are counted;
+    theirs, in HeteroFL's code, is the whole model in each evaluation.
     """
 
     recomputes_statistics: ClassVar[bool] = True

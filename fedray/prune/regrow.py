@@ -28,11 +28,15 @@ def first_mask(
     key: Key,
     *,
     names: tuple[str, ...],
+    within: Mask | None = None,
 ) -> Mask:
-    """The mask to start from: the largest magnitudes of each tensor, or coordinates drawn by `key`."""
+    """The mask to start from: the largest magnitudes of each tensor, or coordinates drawn by `key`.
+
+    within: what a model came with; only these coordinates may be kept. None for all.
+    """
     if initial == "random":
-        return random_mask(params.layout, names, counts, key)
-    return keep_top(magnitude(params), counts, names=names)
+        return random_mask(params.layout, names, counts, key, within=within)
+    return keep_top(magnitude(params), counts, names=names, within=within)
 
 
 def drop(params: Tree, mask: Mask, counts: Mapping[str, int], *, names: tuple[str, ...]) -> Mask:

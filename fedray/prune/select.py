@@ -47,21 +47,25 @@ def keep_top_global(score: Tree, count: int, *, names: tuple[str, ...], within: 
     return Mask(score.layout, torch.from_numpy(kept))
 
 
-def random_mask(layout: Layout, names: tuple[str, ...], counts: Mapping[str, int], key: Key) -> Mask:
+def random_mask(
+    layout: Layout, names: tuple[str, ...], counts: Mapping[str, int], key: Key, *, within: Mask | None = None
+) -> Mask:
     """Keep `counts[name]` coordinates of each named tensor, drawn without replacement by `key`.
 
-    A pure function of its arguments, so a receiver draws the same mask from its `seed`:
-    `random_mask(layout, names, dict(zip(names, counts)), Key(digest))`.
+    within: only these coordinates may be kept; all without it. Where all may, the mask is a pure function of what a
+    receiver knows, who draws it from its `seed`: `random_mask(layout, names, dict(zip(names, counts)), Key(digest))`.
     """
     kept = np.ones(layout.size, dtype=np.bool_)
     for name in names:
         span = layout.spans[name]
         size, count = span.stop - span.start, counts[name]
-        _refuse_count(count, size, f"tensor {name!r}")
+        places = np.arange(size) if within is None else np.flatnonzero(within.flat.numpy()[span])
+        _refuse_count(count, len(places), f"tensor {name!r}")
         drawn = np.zeros(size, dtype=np.bool_)
-        drawn[key.fold("kept", name).permutation(size).numpy()[:count]] = True
+        drawn[places[key.fold("kept", name).permutation(len(places)).numpy()[:count]]] = True
         kept[span] = drawn
-    seed = (key.digest, tuple(counts[name] for name in names), names)
+    free = within is None or bool(within.flat.all())
+    seed = (key.digest, tuple(counts[name] for name in names), names) if free else None
     return Mask(layout, torch.from_numpy(kept), seed=seed)
 
 

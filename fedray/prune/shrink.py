@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fedray.prune.allocate import ALLOCATIONS, Allocation, Budget, Rounding, total_kept
-from fedray.tree import Mask
+from fedray.tree import Layout, Mask
 
 
 def shrink(counts: Mapping[str, int], rate: float, least: Mapping[str, int]) -> dict[str, int]:
@@ -27,13 +27,29 @@ def falling(
     budget: Budget = "prunable_weights",
     rounding: Rounding = "nearest",
 ) -> dict[str, int]:
-    """How many each tensor of a mask keeps at a sparsity, none more than now; as now where that is no more already.
+    """How many each tensor of a mask keeps at a sparsity, none more than now; as now where a whole model would keep
+    more in all: the mask waits until the sparsity has passed its own.
 
     See `allocate` for the arguments. Raises ConfigError where the budget is impossible.
     """
-    limits = mask.counts(names)
-    if total_kept(mask.layout, names, sparsity, budget=budget, rounding=rounding) >= sum(limits.values()):
+    limits, allocate = mask.counts(names), ALLOCATIONS[allocation]
+    whole = allocate(mask.layout, names, sparsity, budget=budget, rounding=rounding)
+    # Counts that are rounded down miss the budget by a few, either way.
+    least = min(sum(whole.values()), total_kept(mask.layout, names, sparsity, budget=budget, rounding=rounding))
+    if least > sum(limits.values()):
         return limits
-    allocate = ALLOCATIONS[allocation]
     counts = allocate(mask.layout, names, sparsity, budget=budget, rounding=rounding, limits=limits)
     return {name: min(count, limits[name]) for name, count in counts.items()}
+
+
+def falling_total(
+    mask: Mask | None,
+    layout: Layout,
+    names: tuple[str, ...],
+    sparsity: float,
+    budget: Budget = "prunable_weights",
+    rounding: Rounding = "nearest",
+) -> int:
+    """How many all named tensors of a mask, None for a whole model, keep together at a sparsity: no more than now."""
+    total = total_kept(layout, names, sparsity, budget=budget, rounding=rounding)
+    return total if mask is None else min(total, sum(mask.counts(names).values()))

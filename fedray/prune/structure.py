@@ -152,6 +152,26 @@ class Structure:
         groups = tuple(group for group, there in zip(self.groups, owned, strict=True) if there)
         return replace(self, layout=layout, groups=groups, left_out=self.left_out + sentences)
 
+    def without(self, tensors: Mapping[str, str]) -> Structure:
+        """The structure without groups of which one of these tensors computes a unit. tensors: why, by name.
+
+        Raises ConfigError where nothing is left.
+        """
+        bars = {
+            group.name: next((tensors[m.tensor] for m in group.members if m.output and m.tensor in tensors), None)
+            for group in self.groups
+        }
+        sentences = tuple(f"{name}: {why}" for name, why in bars.items() if why is not None)
+        if not sentences:
+            return self
+        groups = tuple(group for group in self.groups if bars[group.name] is None)
+        if not groups:
+            raise ConfigError(
+                f"no units are left that can be cut whole ({'; '.join(sentences)}); take a larger scope, or a pruner "
+                "of single weights, such as pruner=magnitude"
+            )
+        return replace(self, groups=groups, left_out=self.left_out + sentences)
+
     def slices(self, mask: Mask | None) -> Slices | None:
         """What is left of each tensor without the units that `mask` cuts whole: with all parameters that belong to
         them, those that read them included. None where there is no such unit.

@@ -56,7 +56,7 @@ def alive(structure: Structure, kinds: tuple[str, ...], mask: Mask | None) -> Ma
         return Mask.full(layout)
     left = torch.zeros(layout.size, dtype=torch.bool)
     for group, place in _places(structure, layout):
-        for member in _params(group, mask):
+        for member in _params(group, mask.layout):
             left[place] |= _own(mask, member).any(1)
     return Mask(layout, left)
 
@@ -64,6 +64,12 @@ def alive(structure: Structure, kinds: tuple[str, ...], mask: Mask | None) -> Ma
 def kept_units(structure: Structure, chosen: Mask) -> Kept:
     """By group, which units stay, from a mask over `units`; groups of other kinds are not named."""
     return {group.name: chosen.flat[place] for group, place in _places(structure, chosen.layout)}
+
+
+def check_units(structure: Structure, kinds: tuple[str, ...], score: UnitScore) -> None:
+    """Raise ConfigError where a model has no units of these kinds, or some about which a score says nothing."""
+    for group, _ in _places(structure, units(structure, kinds)):
+        _scored(group, structure.layout, score)
 
 
 def unit_scores(structure: Structure, params: Tree, score: UnitScore, *, among: Mask) -> Tree:
@@ -155,20 +161,8 @@ def _places(structure: Structure, layout: Layout) -> Iterator[tuple[Group, slice
 
 def _score(group: Group, params: Tree, score: UnitScore, among: Tensor) -> Tensor:
     """float64 (size,)."""
-    members = _params(group, params)
-    weights = [m for m in members if m.output and len(params.layout.shape(m.tensor)) > 1]
-    scales = [m for m in members if m.output and len(params.layout.shape(m.tensor)) == 1 and not _is_bias(m)]
-    if score == "norm_scale":
-        weights = scales
-    elif score == "group":
-        weights = [m for m in members if m in weights or m in scales or not m.output]
+    own = [_own(params, member).double() for member in _scored(group, params.layout, score)]
     blocks = group.kind == "block"
-    if not weights or (score == "fpgm" and blocks):
-        raise ConfigError(
-            f"pruner's score of units is {score}; it says nothing about {group.kind} group {group.name}: choose "
-            "another score, or leave that kind out of pruner.units"
-        )
-    own = [_own(params, member).double() for member in weights]
     if score == "fpgm":
         rows = torch.cat(own, 1)
         return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")[:, among].sum(1)
@@ -181,9 +175,31 @@ def _score(group: Group, params: Tree, score: UnitScore, among: Tensor) -> Tenso
     return total.sqrt() if score == "l2" else total
 
 
-def _params(group: Group, like: Tree | Mask) -> list[Member]:
+def read_by(score: UnitScore, group: Group, layout: Layout) -> list[Member]:
+    """What a score reads of a group; empty where it says nothing about it."""
+    members = _params(group, layout)
+    weights = [m for m in members if m.output and len(layout.shape(m.tensor)) > 1]
+    scales = [m for m in members if m.output and len(layout.shape(m.tensor)) == 1 and not _is_bias(m)]
+    if score == "norm_scale":
+        weights = scales
+    elif score == "group":
+        weights = [m for m in members if m in weights or m in scales or not m.output]
+    return [] if score == "fpgm" and group.kind == "block" else weights
+
+
+def _scored(group: Group, layout: Layout, score: UnitScore) -> list[Member]:
+    found = read_by(score, group, layout)
+    if not found:
+        raise ConfigError(
+            f"pruner's score of units is {score}; it says nothing about {group.kind} group {group.name}: choose "
+            "another score, or leave that kind out of pruner.units"
+        )
+    return found
+
+
+def _params(group: Group, layout: Layout) -> list[Member]:
     """The members that are parameters, and no buffers."""
-    return [member for member in group.members if member.tensor in like.layout.spans]
+    return [member for member in group.members if member.tensor in layout.spans]
 
 
 def _is_bias(member: Member) -> bool:

@@ -37,20 +37,53 @@ def window(structure: Structure, rate: float, first: int = 0) -> Kept:
     return kept
 
 
-def assigned(key: Key, num_clients: int, shares: tuple[float, ...]) -> tuple[int, ...]:
-    """By client, the index of its rate: a random deal of exact counts.
-
-    shares: of each rate among clients, relative to their sum. Counts are num_clients * share / sum, rounded down, and
-    what is left over goes to the largest remainders, the earlier rate first on a tie.
-    """
+def counts_of(num_clients: int, shares: tuple[float, ...]) -> list[int]:
+    """How many clients have each rate: num_clients * share / sum of shares, rounded down, and what is left over goes to
+    the largest remainders, the earlier rate first on a tie."""
     parts = [num_clients * share / sum(shares) for share in shares]
     counts = [math.floor(part + FLOAT_ERROR) for part in parts]
     by_remainder = sorted(range(len(shares)), key=lambda at: counts[at] - parts[at])
     for at in by_remainder[: num_clients - sum(counts)]:
         counts[at] += 1
+    return counts
+
+
+def assigned(key: Key, num_clients: int, shares: tuple[float, ...]) -> tuple[int, ...]:
+    """By client, the index of its rate: a random deal of exact counts, see `counts_of`.
+
+    shares: of each rate among clients, relative to their sum.
+    """
+    counts = counts_of(num_clients, shares)
     cards = [at for at, count in enumerate(counts) for _ in range(count)]
     order = key.permutation(num_clients).tolist()
     return tuple(cards[place] for place in order)
+
+
+def warnings_of(
+    rates: tuple[float, ...], shares: tuple[float, ...], num_clients: int, *, rolls: bool = False
+) -> tuple[str, ...]:
+    """What may surprise in a deal: parts of the model that nobody trains, rates that nobody gets.
+
+    rolls: whether windows move, so that every part has its turn.
+    """
+    found = []
+    counts = counts_of(num_clients, shares)
+    widest = next(rate for rate, count in zip(rates, counts, strict=True) if count)
+    if widest < 1.0 and not rolls:
+        found.append(
+            f"of {num_clients} clients none has rate 1: units past the widest ({widest:g}) are trained by nobody, and "
+            "test/accuracy is of the whole model with these as they started; give rate 1 a share and enough clients, "
+            "or take a narrower model, of which that width is the whole (docs/pruners.md)"
+        )
+    missing = [
+        f"{rate:g}" for rate, share, count in zip(rates, shares, counts, strict=True) if share > 0.0 and not count
+    ]
+    if missing:
+        found.append(
+            f"{num_clients} clients are too few for these shares, and nobody has rate {' and '.join(missing)}: raise "
+            "num_clients, or set these shares to 0"
+        )
+    return tuple(found)
 
 
 def held_buffers(structure: Structure, kept: Kept, trained: Tree, received: Tree) -> Tree:

@@ -8,15 +8,16 @@ from itertools import pairwise
 from typing import ClassVar, Literal
 
 from fedray.prune.structure import Kept, Structure
-from fedray.prune.widths import assigned, held_buffers
-from fedray.round import Context, Fit, Job, Message, Server, View, refuse
+from fedray.prune.widths import assigned, held_buffers, warnings_of
+from fedray.round import Context, Fit, Job, Message, RunFacts, Server, View, refuse
 from fedray.tree import Mask, restrict
 
 Assignment = Literal["fixed", "dynamic"]
 
 
 class TrainsWidths(ABC):
-    """Clients are sent, train and are evaluated on the units that they hold; the server's model stays whole.
+    """Clients are sent, train and are evaluated on the units that they hold; the server's model stays as it started,
+    whole or under the mask of the run that it comes from, which is theirs too.
 
     A policy that names this before `Policy` adds which units a rate holds (`held`), and reads its fields from here:
 
@@ -52,6 +53,9 @@ class TrainsWidths(ABC):
         refuse(not fits, "shares", shares, rule)
         refuse(self.assignment not in ("fixed", "dynamic"), "assignment", self.assignment, "choose fixed or dynamic")
 
+    def warns(self, run: RunFacts) -> tuple[str, ...]:
+        return warnings_of(self.rates, self.shares, run.num_clients)
+
     def changes_masks(self, round: int) -> bool | None:
         return round > 0 and self.assignment == "dynamic" and len(set(self.rates)) > 1
 
@@ -68,14 +72,18 @@ class TrainsWidths(ABC):
         rate = self.rate(ctx)
         return None if rate == 1.0 else self.held(ctx.structure, rate, ctx)
 
-    def mask(self, ctx: Context) -> Mask | None:
-        """The coordinates of the client whose turn it is; None for all."""
+    def mask(self, ctx: Context, among: Mask | None) -> Mask | None:
+        """Of these coordinates (None for all) those of the client whose turn it is; `among` itself where it has all."""
         kept = self.kept(ctx)
+        if kept is None:
+            return among
         assert ctx.structure is not None
-        return None if kept is None else ctx.structure.mask(kept)
+        own = ctx.structure.mask(kept)
+        return own if among is None else own & among
 
     def send(self, server: Server, message: Message, memory: None, ctx: Context) -> Message:
-        return replace(message, mask=self.mask(ctx))
+        mask = self.mask(ctx, server.mask)
+        return message if mask is server.mask else replace(message, mask=mask)
 
     def begin(self, message: Message, job: Job, memory: None, ctx: Context) -> tuple[Message, Job, None]:
         return message, replace(job, shrink=self.shrink and job.mask is not None), memory
@@ -90,5 +98,5 @@ class TrainsWidths(ABC):
         return fit, message, memory
 
     def view(self, view: View, memory: None, ctx: Context) -> View:
-        mask = self.mask(ctx)
-        return view if mask is None else replace(view, params=restrict(view.params, mask), mask=mask)
+        mask = self.mask(ctx, view.mask)
+        return view if mask is view.mask else replace(view, params=restrict(view.params, mask), mask=mask)

@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fedray.errors import ConfigError
 from fedray.prune.allocate import total_kept
 from fedray.prune.search import reconfigure, seconds_of
-from fedray.round import Context, Server, refuse
+from fedray.round import Context, RunFacts, Server, refuse
 from fedray.tree import Mask, Tree
 
 Flops = Mapping[str, float]
@@ -20,7 +21,8 @@ class SearchesByTime(ABC):
 
     removal, half_life: removal * 0.5^(r / half_life) of a tensor's kept weights are taken out in round r.
     target_sparsity, finish: what is put in stays below a bound, which falls linearly from everything in round 0 to this
-                     sparsity in round `finish` and stays; what is left in may be above it. 0 for no bound.
+                     sparsity in round `finish` (of the run at the latest) and stays; what is left in may be above it.
+                     0 for no bound, and then `finish` is not read.
     constant_s, transfer_s, computing_s, flops_per_second: how long a round lasts: see `prune.search.seconds_of`.
     """
 
@@ -43,6 +45,20 @@ class SearchesByTime(ABC):
         refuse(self.finish < 1, "finish", self.finish, "it is a round, at least 1")
         for name, seconds in (self.computing_s or {}).items():
             refuse(not seconds >= 0.0, f"computing_s.{name}", seconds, "it is a number of seconds, 0 or more")
+
+    def check(self, run: RunFacts) -> None:
+        if self.target_sparsity > 0.0 and self.finish > run.rounds:
+            raise ConfigError(
+                f"pruner.finish is {self.finish}; it must be at most rounds ({run.rounds}), or the target_sparsity of "
+                f"{self.target_sparsity:g} never bounds the size; lower it or raise rounds"
+            )
+        known = run.prunable or tuple(run.kinds or ())
+        for name in self.computing_s or ():
+            if known and name not in known:
+                raise ConfigError(
+                    f"pruner.computing_s names {name!r}; it has seconds by the names of what may be cut here, which "
+                    f"are {', '.join(known)}"
+                )
 
     @abstractmethod
     def init_server(self, server: Server, ctx: Context) -> tuple[Server, Flops]:

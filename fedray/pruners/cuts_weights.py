@@ -46,4 +46,6 @@ class CutsWeights(ABC):
     def _prune(self, server: Server, ctx: Context) -> Server:
         if not self.changes_masks(ctx.round):
             return server
-        return server.cut(self.chosen(server, server.mask if self.sticky else None, ctx))
+        # Before any training nothing has grown where a model that comes with a mask has zeros.
+        within = server.mask if self.sticky or ctx.round == 0 else None
+        return server.cut(self.chosen(server, within, ctx))

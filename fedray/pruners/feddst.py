@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 from fedray.errors import ConfigError
-from fedray.prune.allocate import ALLOCATIONS, Allocation, Budget, Rounding
-from fedray.prune.regrow import drop, first_mask, grow, recut
+from fedray.prune.allocate import Allocation, Budget, Rounding
+from fedray.prune.regrow import drop, grow, recut
 from fedray.prune.schedule import cosine
-from fedray.pruners.fields import refuse_fields
+from fedray.pruners.fields import check_start, moves, refuse_fields, sparse_start, warn_moves
 from fedray.round import Context, Fit, Message, Policy, RunFacts, Server, refuse
 from fedray.sums import Sums
 from fedray.tree import Layout
@@ -61,18 +61,19 @@ class FedDST(Policy[None, None]):
         return self.sparsity
 
     def changes_masks(self, round: int) -> bool:
-        return round == 0 or (round % self.every == 0 and round < self.until)
+        return round == 0 or moves(self, round)
 
     def check(self, run: RunFacts) -> None:
         sent = [name for _, policy in run.policies for name in policy.parts(Layout((), ()), Layout((), ()))]
         if "delta" not in sent:
             raise ConfigError("pruner is feddst; it needs a strategy that sends part 'delta': set strategy=fedavg")
+        check_start(self, run)
+
+    def warns(self, run: RunFacts) -> tuple[str, ...]:
+        return warn_moves(self, run)
 
     def init_server(self, server: Server, ctx: Context) -> tuple[Server, None]:
-        layout, names, allocate = server.params.layout, ctx.prunable, ALLOCATIONS[self.allocation]
-        counts = allocate(layout, names, self.sparsity, budget=self.budget, rounding=self.rounding)
-        key = ctx.key.fold("random mask")
-        return server.cut(first_mask(server.params, counts, self.initial, key, names=names)), None
+        return sparse_start(self, server, ctx), None
 
     def end(self, fit: Fit, message: Message, memory: None, ctx: Context) -> tuple[Fit, Message, None]:
         if not self.changes_masks(ctx.round) or fit.num_steps == 0:

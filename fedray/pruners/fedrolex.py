@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import final
 
 from fedray.prune.structure import Kept, Structure
-from fedray.prune.widths import window
+from fedray.prune.widths import warnings_of, window
 from fedray.pruners.by_capacity import Assignment, TrainsWidths
 from fedray.pruners.own_masks import check_differences
 from fedray.round import Context, Policy, RunFacts, refuse
@@ -44,6 +44,9 @@ class FedRolex(TrainsWidths, Policy[None, None]):
 
     def check(self, run: RunFacts) -> None:
         check_differences("fedrolex", run)
+
+    def warns(self, run: RunFacts) -> tuple[str, ...]:
+        return warnings_of(self.rates, self.shares, run.num_clients, rolls=self.shift > 0)
 
     def changes_masks(self, round: int) -> bool | None:
         narrow = any(rate < 1.0 and share > 0.0 for rate, share in zip(self.rates, self.shares, strict=True))

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import numpy as np
 
-from fedray.prune.allocate import Allocation
+from fedray.errors import ConfigError
+from fedray.prune.allocate import ALLOCATIONS, Allocation
 from fedray.prune.regrow import swap
 from fedray.prune.score import magnitude
 from fedray.prune.search import noisy_counts
 from fedray.prune.select import keep_top
 from fedray.pruners.candidates import Moments, SelectsByStatistics
 from fedray.pruners.swapping import GROWTH, SwapsByGradients
-from fedray.round import Context, Policy, Server, refuse
+from fedray.round import Context, Policy, RunFacts, Server, refuse
 from fedray.sums import Sums
 from fedray.tree import Mask, Tree
 
@@ -51,11 +52,23 @@ class FedTiny(SelectsByStatistics, SwapsByGradients, Policy[Moments, None]):
         refuse(not 0.0 <= self.noise < 1.0, "noise", self.noise, "it is 0 to below 1, and 0 makes all candidates equal")
         refuse(self.groups < 1, "groups", self.groups, "it is a number of groups, at least 1")
 
-    def changes_masks(self, round: int) -> bool:
-        return round == 0 or self.is_due(round) or (round == 1 and self.candidates > 1)
+    def changes_masks(self, round: int) -> bool | None:
+        return round == 0 or self.is_due(round) or self.chooses(round)
+
+    def check(self, run: RunFacts) -> None:
+        SwapsByGradients.check(self, run)
+        if run.initial_mask is not None:
+            raise ConfigError(
+                "pruner is fedtiny; its candidates are masks of a whole model, and that of model.init_from comes with "
+                "one: name its file final/model.safetensors for the weights alone, or take pruner=rigl"
+            )
+
+    def warns(self, run: RunFacts) -> tuple[str, ...]:
+        return self.unscored(run) + SwapsByGradients.warns(self, run)
 
     def candidate(self, number: int, ctx: Context) -> Mask:
-        counts = self.counts(ctx.origin.layout, ctx.prunable)
+        how: dict[str, Any] = {"budget": self.budget, "rounding": self.rounding}
+        counts = ALLOCATIONS[self.allocation](ctx.origin.layout, ctx.prunable, self.sparsity, **how)
         if number:
             counts = noisy_counts(ctx.origin.layout, counts, self.noise, ctx.run_key.fold("candidate", number))
         return keep_top(magnitude(ctx.origin), counts, names=ctx.prunable)

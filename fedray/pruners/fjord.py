@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import final
 
+from fedray.errors import ConfigError
 from fedray.prune.structure import Kept, Structure
-from fedray.prune.widths import window
+from fedray.prune.widths import counts_of, window
 from fedray.pruners.by_capacity import Assignment, TrainsWidths
 from fedray.pruners.own_masks import check_differences
 from fedray.round import Context, Job, Message, Policy, RunFacts
+from fedray.tree import Mask
 
 
 @final
@@ -43,6 +45,19 @@ class FjORD(TrainsWidths, Policy[None, None]):
 
     def check(self, run: RunFacts) -> None:
         check_differences("fjord", run)
+        if not any(counts_of(run.num_clients, self.shares)[:-1]):
+            return  # each client has a single rate, and no step draws one
+        if self.distils and run.objective == "regression":
+            raise ConfigError(
+                "pruner.distils is True and the data's objective is regression; outputs are taught as probabilities of "
+                "classes: set it to false"
+            )
+        for name, policy in run.policies:
+            if policy.looks_ahead:
+                raise ConfigError(
+                    f"{name} takes gradients beside the weights, and each step of pruner fjord trains another part of "
+                    "them: leave one of the two out"
+                )
 
     def held(self, structure: Structure, rate: float, ctx: Context) -> Kept:
         return window(structure, rate)
@@ -53,5 +68,6 @@ class FjORD(TrainsWidths, Policy[None, None]):
         rates = [rate for rate in reversed(self.rates) if rate <= self.rate(ctx)]
         if len(rates) == 1:
             return message, job, memory
-        submodels = tuple(ctx.structure.mask(window(ctx.structure, rate)) for rate in rates)
+        held = Mask.full(job.params.layout) if job.mask is None else job.mask
+        submodels = tuple(held & ctx.structure.mask(window(ctx.structure, rate)) for rate in rates)
         return message, replace(job, submodels=submodels, distils=self.distils, shrink=self.shrink), memory

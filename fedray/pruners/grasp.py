@@ -24,7 +24,8 @@ class GraSP(ScoredStart, Policy[bool, None]):
     flow, or adds to it. What is exchanged and ranked here is w * (H g), of which the highest are kept. The mask never
     changes. Deviations: each client scores a batch of its own and the mean is taken, so that H and g are of the same
     client, and the score of the pooled batches is another one; weights are as the model draws them, where the authors'
-    code draws those of linear layers anew. See `ScoredStart` for the exchange. A ranking over all may empty a tensor.
+    code draws those of linear layers anew; H and g are of all parameters, where theirs are of prunable weights. See
+    `ScoredStart` for the exchange. A ranking over all may empty a tensor.
 
     sparsity:    fraction removed, in [0, 1).
     scores:      "clients", or "server": on public data, while the run is set up.

@@ -23,7 +23,7 @@ class HeteroFL(TrainsWidths, Policy[None, None]):
     A client with rate r holds the first ceil(r C) of the C units of every group, and all outputs. The strategy
     averages each coordinate over those who hold it; where nobody does, the server's value stays. The paper's mean
     counts clients equally (strategy.weight_by=uniform), its batch normalisation is batch_norm=static.
-    At rates of 1, without scaler and masked loss, this is the strategy alone, bit for bit.
+    At rates of 1, without scaler, masked loss and own labels, this is the strategy alone, bit for bit.
     Deviations from the authors' code (diaoenmao/HeteroFL): shares are exact counts of clients, also where they are
     dealt anew, and not drawn for each; what is averaged are differences from what was sent; the masked loss is that of
     training alone, where theirs masks local tests too; under batch_norm=average, a client votes for the server's
@@ -35,7 +35,8 @@ class HeteroFL(TrainsWidths, Policy[None, None]):
             normalise them, with batch_norm=static if by batches, for it changes running statistics.
     masked_loss: replace logits of classes that a client has no example of by 0 in its training.
     own_labels:  send the model's outputs (rows of the last layer) only of classes that a client has; the others stay
-                 as they were. The mask that says so costs bytes, and tells the server which classes a client has.
+                 as they were. The mask that says so costs bytes, and tells the server which classes a client has. Rows
+                 that are not sent count as removed in the sparsity of clients, which is that of what they sent.
     shrink: train the physically smaller model; if not, the whole one under a mask.
     """
 
@@ -65,9 +66,11 @@ class HeteroFL(TrainsWidths, Policy[None, None]):
             )
 
     def warns(self, run: RunFacts) -> tuple[str, ...]:
+        dealt = super().warns(run)
         if not self.scaler or run.kinds is None or "norm" in run.kinds.values():
-            return ()
+            return dealt
         return (
+            *dealt,
             "pruner.scaler is True and this model normalises nothing: each hidden layer of a client with rate r makes "
             "its outputs 1 / r times as large; take a model with batch normalisation, or pruner.scaler=false",
         )

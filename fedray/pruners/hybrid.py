@@ -64,6 +64,10 @@ class Hybrid(CutsUnits, Policy[None, None]):
     def sparsity_after(self, round: int) -> float | None:
         return scheduled(self, round)
 
+    @property
+    def ranks_by(self) -> UnitScore:
+        return self.unit_score
+
     def chosen(self, server: Server, sparsity: float, ctx: Context) -> Mask:
         assert ctx.structure is not None
         layout, names = server.params.layout, ctx.prunable

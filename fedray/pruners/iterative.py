@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, final
 
-from fedray.errors import ConfigError
-from fedray.prune.allocate import Budget, Rounding, total_kept, uniform
-from fedray.prune.schedule import is_event, sparsity_at
+from fedray.prune.allocate import Allocation, Budget, Rounding
+from fedray.prune.schedule import Kind
 from fedray.prune.score import magnitude
 from fedray.prune.select import keep_top, keep_top_global
-from fedray.pruners.fields import refuse_fields
+from fedray.prune.shrink import falling_total
+from fedray.pruners.fields import check_reached, check_start, is_due, refuse_fields, scheduled, scheduled_counts
 from fedray.round import Context, Policy, RunFacts, Server, refuse
 from fedray.sums import Sums
 from fedray.tree import Mask, Tree, restrict
@@ -25,8 +25,10 @@ class Iterative(Policy[Saved, None]):
 
     An event cuts the smallest weights of the averaged model and sets everything back to the initial values, or to those
     of an early round (Frankle et al. 2020, "Linear mode connectivity", algorithm 2); biases, norms and statistics too,
-    but not what strategies and corrections remember. Each of n events cuts the same fraction of what is left,
-    1 - (1 - sparsity)^(1/n): the paper's 0.2 is 8 events to a sparsity of 0.83. The last one leaves the ticket.
+    but not what strategies and corrections remember, tensors that clients keep, or the schedule of the learning rate,
+    which goes on with the rounds. Each of n events cuts the same fraction of what is left,
+    1 - (1 - sparsity)^(1/n): the paper's 0.2 is 8 events to a sparsity of 0.83. The last one leaves the ticket, which
+    the rounds after `finish` train. An event cuts nothing of a model that comes sparser than the schedule is by then.
     Deviations: it is the server that prunes, right after it has averaged, and rounds stand for training runs; every
     layer loses the same fraction, where the paper cuts the output layers of fully connected nets at half the rate.
 
@@ -38,6 +40,8 @@ class Iterative(Policy[Saved, None]):
     """
 
     cuts: ClassVar[Literal["none", "weights", "structures", "both"]] = "weights"
+    schedule: ClassVar[Kind] = "iterative"
+    allocation: ClassVar[Allocation] = "uniform"
 
     sparsity: float
     start: int = 1
@@ -57,19 +61,20 @@ class Iterative(Policy[Saved, None]):
         refuse(back is not None and not 0 <= back < self.start, "rewind_to", back, rule)
 
     def check(self, run: RunFacts) -> None:
-        if self.finish > run.rounds:
-            raise ConfigError(
-                f"pruner.finish is {self.finish}; it must be at most rounds ({run.rounds}), or the sparsity of "
-                f"{self.sparsity:g} is never reached; lower it or raise rounds"
-            )
+        check_reached(self, run)
+        check_start(self, run)
+
+    def warns(self, run: RunFacts) -> tuple[str, ...]:
+        if self.finish < run.rounds or self.rewind_to is None or not self.sparsity:
+            return ()
+        last = f"finish is {self.finish}, the last round: the run ends with the weights of round {self.rewind_to}"
+        return (f"{last} under the final mask, untrained; lower it to train the ticket, or set rewind_to=null",)
 
     def sparsity_after(self, round: int) -> float:
-        times = {"start": self.start, "end": self.finish, "every": self.every}
-        return sparsity_at(round, kind="iterative", sparsity=self.sparsity, **times)
+        return scheduled(self, round)
 
     def changes_masks(self, round: int) -> bool:
-        due = is_event(round, kind="iterative", start=self.start, end=self.finish, every=self.every)
-        return due and self.sparsity > 0.0
+        return is_due(self, round) and self.sparsity > 0.0
 
     def init_server(self, server: Server, ctx: Context) -> tuple[Server, Saved]:
         return server, (server.params, server.buffers) if self.rewind_to == 0 else None
@@ -85,10 +90,9 @@ class Iterative(Policy[Saved, None]):
 
     def _kept(self, server: Server, ctx: Context) -> Mask:
         layout, names, within = server.params.layout, ctx.prunable, server.mask
-        sparsity, score = self.sparsity_after(ctx.round), magnitude(server.params)
+        score = magnitude(server.params)
         if self.ranking == "global":
-            total = total_kept(layout, names, sparsity, budget=self.budget, rounding=self.rounding)
+            total = falling_total(within, layout, names, scheduled(self, ctx.round), self.budget, self.rounding)
             return keep_top_global(score, total, names=names, within=within)
-        limits = None if within is None else within.counts(names)
-        counts = uniform(layout, names, sparsity, budget=self.budget, rounding=self.rounding, limits=limits)
+        counts = scheduled_counts(self, Mask.full(layout) if within is None else within, ctx)
         return keep_top(score, counts, names=names, within=within)

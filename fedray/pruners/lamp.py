@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from fedray.prune.allocate import Budget, Rounding, total_kept
+from fedray.prune.allocate import Budget, Rounding
 from fedray.prune.schedule import Kind
 from fedray.prune.score import lamp
 from fedray.prune.select import keep_top_global
+from fedray.prune.shrink import falling_total
 from fedray.pruners.cuts_weights import CutsWeights
-from fedray.pruners.fields import check_reached, is_due, refuse_fields, scheduled
+from fedray.pruners.fields import check_reached, check_start, is_due, refuse_fields, scheduled
 from fedray.round import Context, Policy, RunFacts, Server
 from fedray.tree import Mask
 
@@ -28,7 +29,8 @@ class Lamp(CutsWeights, Policy[None, None]):
     sparsity: final fraction removed, in [0, 1).
     schedule: "one_shot" (at round `start`), "linear", "cubic" or "iterative": see `prune.schedule`.
     start, finish, every: rounds of the events; start 0 prunes the initial weights; one_shot reads `start` alone.
-    sticky:   what is pruned stays pruned; otherwise clients train densely in a round that ends with an event.
+    sticky:   what is pruned stays pruned; otherwise clients train densely in a round that ends with an event. A model
+              that comes with a mask stays as it is until the schedule has passed it.
     budget, rounding: what the sparsity is a fraction of, and how its count is rounded: see `prune.allocate`.
     """
 
@@ -46,6 +48,8 @@ class Lamp(CutsWeights, Policy[None, None]):
 
     def check(self, run: RunFacts) -> None:
         check_reached(self, run)
+        if self.sticky:
+            check_start(self, run)
 
     def sparsity_after(self, round: int) -> float:
         return scheduled(self, round)
@@ -55,5 +59,5 @@ class Lamp(CutsWeights, Policy[None, None]):
 
     def chosen(self, server: Server, within: Mask | None, ctx: Context) -> Mask:
         layout, names, sparsity = server.params.layout, ctx.prunable, self.sparsity_after(ctx.round)
-        total = total_kept(layout, names, sparsity, budget=self.budget, rounding=self.rounding)
+        total = falling_total(within, layout, names, sparsity, self.budget, self.rounding)
         return keep_top_global(lamp(server.params, names=names), total, names=names, within=within)

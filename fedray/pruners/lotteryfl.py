@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, final
 from fedray.prune.allocate import Budget, Rounding, uniform
 from fedray.prune.regrow import drop
 from fedray.prune.shrink import shrink
-from fedray.pruners.fields import refuse_fields
+from fedray.pruners.fields import check_budget, refuse_fields
 from fedray.pruners.own_masks import OwnMask, check_differences, check_gate, check_steps
 from fedray.round import Context, Fit, Job, Message, Policy, RunFacts, View, refuse
 from fedray.tree import Mask, Tree, restrict
@@ -67,6 +67,7 @@ class LotteryFL(OwnMask, Policy[None, Ticket | None]):
         check_differences("lotteryfl", run)
         check_gate("lotteryfl", run)
         check_steps("lotteryfl", run)
+        check_budget(self, run)
 
     def begin(
         self, message: Message, job: Job, memory: Ticket | None, ctx: Context

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, final
 
-from fedray.prune.allocate import ALLOCATIONS, Allocation, Budget, Rounding, total_kept
+from fedray.prune.allocate import Allocation, Budget, Rounding
 from fedray.prune.schedule import Kind
 from fedray.prune.score import magnitude
 from fedray.prune.select import keep_top, keep_top_global
+from fedray.prune.shrink import falling_total
 from fedray.pruners.cuts_weights import CutsWeights
-from fedray.pruners.fields import check_reached, is_due, refuse_fields, scheduled
+from fedray.pruners.fields import check_reached, check_start, is_due, refuse_fields, scheduled, scheduled_counts
 from fedray.round import Context, Policy, RunFacts, Server
 from fedray.tree import Mask
 
@@ -32,7 +33,8 @@ class Magnitude(CutsWeights, Policy[None, None]):
     schedule:   "one_shot" (at round `start`), "linear", "cubic" or "iterative": see `prune.schedule`.
     start, finish, every: rounds of the events; start 0 prunes the initial weights; one_shot reads `start` alone.
     sticky:     what is pruned stays pruned: each mask lies within the one before. Otherwise clients train densely
-                in a round that ends with an event, their upload is dense too, and pruned weights compete again.
+                in a round that ends with an event, their upload is dense too, and pruned weights compete again. Of a
+                model that comes with a mask nothing returns, and it stays as it is until the schedule has passed it.
     budget, rounding: what the sparsity is a fraction of, and how counts are rounded: see `prune.allocate`.
     """
 
@@ -58,14 +60,14 @@ class Magnitude(CutsWeights, Policy[None, None]):
 
     def check(self, run: RunFacts) -> None:
         check_reached(self, run)
+        if self.sticky:
+            check_start(self, run)
 
     def chosen(self, server: Server, within: Mask | None, ctx: Context) -> Mask:
         layout, names, score = server.params.layout, ctx.prunable, magnitude(server.params)
-        sparsity = self.sparsity_after(ctx.round)
         if self.ranking == "global":
-            total = total_kept(layout, names, sparsity, budget=self.budget, rounding=self.rounding)
+            sparsity = self.sparsity_after(ctx.round)
+            total = falling_total(within, layout, names, sparsity, self.budget, self.rounding)
             return keep_top_global(score, total, names=names, within=within)
-        allocate = ALLOCATIONS[self.allocation]
-        limits = None if within is None else within.counts(names)
-        counts = allocate(layout, names, sparsity, budget=self.budget, rounding=self.rounding, limits=limits)
+        counts = scheduled_counts(self, Mask.full(layout) if within is None else within, ctx)
         return keep_top(score, counts, names=names, within=within)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 
 from fedray.prune.schedule import Kind
-from fedray.prune.unit_scores import UNIT_KINDS
+from fedray.prune.unit_scores import UNIT_KINDS, UnitScore, check_units
 from fedray.pruners.fields import check_reached, is_due, refuse_fields, scheduled
 from fedray.round import Context, Job, Message, RunFacts, Server, refuse
 from fedray.sums import Sums
@@ -16,7 +16,8 @@ from fedray.tree import Mask
 class CutsUnits(ABC):
     """Events at rounds of a schedule, and the smaller model in between.
 
-    A policy that names this before `Policy` adds what an event keeps (`chosen`), and has these fields:
+    A policy that names this before `Policy` adds what an event keeps (`chosen`), by which score (`ranks_by`), and has
+    these fields:
 
     sparsity: the final fraction removed, in [0, 1). units: which kinds of units may go.
     schedule, start, finish, every: see `prune.schedule`; start 0 prunes the initial model.
@@ -42,8 +43,15 @@ class CutsUnits(ABC):
         known = bool(self.units) and set(self.units) <= set(UNIT_KINDS)
         refuse(not known, "units", list(self.units), f"list some of {', '.join(UNIT_KINDS)}")
 
+    @property
+    @abstractmethod
+    def ranks_by(self) -> UnitScore:
+        """What makes a unit matter."""
+
     def check(self, run: RunFacts) -> None:
         check_reached(self, run)
+        if run.structure is not None:
+            check_units(run.structure, self.units, self.ranks_by)
 
     def changes_masks(self, round: int) -> bool | None:
         return is_due(self, round)

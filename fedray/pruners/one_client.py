@@ -25,13 +25,14 @@ class PrunesAtOneClient(SearchesByTime):
 
     A policy names this before `Policy` among its bases. The client trains for rounds of `initial_steps` steps, adds up
     the squared sums of their batch gradients, and looks for the next mask after every `initial_every` rounds, once its
-    training accuracy is ABOVE_CHANCE / num_classes (at once in a task without classes). The weights go on from there.
-    It is sent the FLOPs of an example by tensor.
+    training accuracy is ABOVE_CHANCE / num_classes (at once where samples have no classes: numbers, next tokens). The
+    weights go on from there. It is sent the FLOPs of an example by tensor, and the mask that the model came with.
 
     Jiang et al. 2022 (PruneFL), initial pruning. Deviations from the authors' code: they square the gradient of each
     batch, train on 200 examples, and count from the round in which the accuracy, looked at every 10 rounds, is enough.
 
-    initial_client: its id; None to draw one. initial_rounds: at most so many; 0 switches all of this off.
+    initial_client: its id; None to draw one. It is waited for, available or not. initial_rounds: at most so many; 0
+    switches all of this off.
     tolerance, patience: it ends when `patience` masks on end moved the kept count by at most `tolerance` of it.
     """
 
@@ -57,6 +58,7 @@ class PrunesAtOneClient(SearchesByTime):
         refuse(not self.tolerance >= 0.0, "tolerance", self.tolerance, "it is a fraction of the size, 0 or more")
 
     def check(self, run: RunFacts) -> None:
+        super().check(run)
         if self.initial_client is not None and not 0 <= self.initial_client < run.num_clients:
             raise ConfigError(
                 f"pruner.initial_client is {self.initial_client}; it is a client's id from 0 to {run.num_clients - 1}, "
@@ -77,10 +79,13 @@ class PrunesAtOneClient(SearchesByTime):
     def ask(self, exchange: Exchange, server: Server, memory: Flops, ctx: Context) -> Message:
         layout = _by_tensor(server.params.layout)
         counts = [memory[name] if name in memory else 0.0 for name in server.params.layout.names]
-        return Message().put("flops", Part(value=Tree(layout, torch.tensor(counts, dtype=torch.float32))))
+        # A whole mask goes without saying.
+        mask = None if server.mask is None or bool(server.mask.flat.all()) else server.mask
+        return Message(mask=mask).put("flops", Part(value=Tree(layout, torch.tensor(counts, dtype=torch.float32))))
 
     def answer(self, exchange: Exchange, message: Message, memory: Tree | None, ctx: Context) -> Message:
-        fit = self._prune(dict(zip(ctx.origin.layout.names, message["flops"].flat.tolist(), strict=True)), ctx)
+        mask = Mask.full(ctx.origin.layout) if message.mask is None else message.mask
+        fit = self._prune(mask, dict(zip(ctx.origin.layout.names, message["flops"].flat.tolist(), strict=True)), ctx)
         found = Message(parts={"params": Part(value=fit.params, support=fit.mask)}, mask=fit.mask)
         return found.put("buffers", Part(value=fit.buffers)) if fit.buffers.layout.size else found
 
@@ -92,21 +97,18 @@ class PrunesAtOneClient(SearchesByTime):
         found = replace(server, params=sums.mean("params", otherwise=0.0), mask=sums.support("params"))
         return replace(found, buffers=sums.mean("buffers", otherwise=0.0)) if "buffers" in sums else found, memory
 
-    def _prune(self, flops: Flops, ctx: Context) -> Fit:
+    def _prune(self, mask: Mask, flops: Flops, ctx: Context) -> Fit:
         assert ctx.job is not None
         assert ctx.train is not None
-        assert ctx.client is not None
-        assert ctx.score is not None
-        classes, examples = len(ctx.client.label_counts), float(ctx.job.num_steps * ctx.job.batch_size)
-        mask, importance, ready = Mask.full(ctx.origin.layout), Tree.zeros(ctx.origin.layout), not classes
+        examples = float(ctx.job.num_steps * ctx.job.batch_size)
+        importance, ready = Tree.zeros(ctx.origin.layout), False
         job = replace(ctx.job, mask=mask, num_steps=self.initial_steps, wants=frozenset({"grad_sum"}))
         sizes: list[int] = []
         for number in range(1, self.initial_rounds + 1):
             fit = ctx.train(job, f"initial pruning {number}")
             importance = add(importance, squared(fit.evidence["grad_sum"]))
             if number % self.initial_every == 0:
-                view = View(params=fit.params, buffers=fit.buffers, mask=fit.mask, **_local(fit))
-                ready = ready or ctx.score(view)["accuracy"] >= ABOVE_CHANCE / classes
+                ready = ready or _above_chance(fit, ctx)
                 if ready:
                     mask = self.next_mask(fit.params, mask, importance, flops, examples, 0, ctx)
                     fit = fit.cut(mask)
@@ -121,6 +123,17 @@ class PrunesAtOneClient(SearchesByTime):
 def squared(a: Tree) -> Tree:
     """The square of each coordinate."""
     return Tree(a.layout, a.flat.square())
+
+
+def _above_chance(fit: Fit, ctx: Context) -> bool:
+    """Whether a model has learned anything; True where that cannot be told by classes."""
+    assert ctx.client is not None
+    assert ctx.score is not None
+    classes = len(ctx.client.label_counts)
+    if classes < 2:
+        return True
+    scores = ctx.score(View(params=fit.params, buffers=fit.buffers, mask=fit.mask, **_local(fit)))
+    return "accuracy" not in scores or scores["accuracy"] >= ABOVE_CHANCE / classes
 
 
 def _local(fit: Fit) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fedray.errors import ConfigError
+from fedray.prune.unit_scores import read_by
 from fedray.round import Context, Message, Policy, RunFacts, Server, View
 from fedray.tree import Layout, Mask, restrict
 
@@ -51,11 +52,32 @@ def check_gate(pruner: str, run: RunFacts) -> None:
             "classes, or another pruner"
         )
     for name, policy in run.policies:
-        if type(policy).keeps is not Policy.keeps:
+        if policy.recomputes_statistics or _keeps_weights(policy, run):
             raise ConfigError(
                 f"{name} keeps tensors at the clients; pruner {pruner} looks at the model before they are in their "
-                "place, and would judge another one: leave one of the two out"
+                "place, and would judge another one: leave one of the two out (batch_norm=affine, which keeps running "
+                "statistics alone, may stay)"
             )
+    if run.unjudged:
+        others = f", like {len(run.unjudged) - 1} others," if len(run.unjudged) > 1 else ""
+        raise ConfigError(
+            f"client {run.unjudged[0]}{others} has one training example, so nothing can be set apart of it; pruner "
+            f"{pruner} prunes where a client's model is accurate on such data: give each client two or more, as with "
+            "partition.min_size=2, or take another pruner"
+        )
+
+
+SOME_KINDS = {"norm.weight": "norm", "norm.bias": "norm", "fc.weight": "weight", "fc.bias": "bias"}
+
+
+def _keeps_weights(policy: Policy[Any, Any], run: RunFacts) -> bool:
+    """Whether a policy keeps more at clients than running statistics, which decide nothing in training."""
+    if type(policy).keeps is Policy.keeps:
+        return False
+    by_kind = SOME_KINDS if run.kinds is None else run.kinds
+    layers = dict.fromkeys(name.rpartition(".")[0] for name, kind in by_kind.items() if kind == "norm")
+    names = tuple(f"{layer}.{local}" for layer in layers for local in ("running_mean", "running_var"))
+    return not policy.keeps(by_kind, Layout(names, ((1,),) * len(names))) <= set(names)
 
 
 def check_steps(pruner: str, run: RunFacts) -> None:
@@ -82,8 +104,13 @@ def check_epochs(pruner: str, run: RunFacts) -> None:
 
 def check_scales(pruner: str, run: RunFacts) -> None:
     """Refuse a model whose channels have no scales to be ranked by."""
-    if run.has_statistics is False:
+    lack = "this model has none" if run.has_statistics is False else None
+    if run.structure is not None:
+        filters = [group for group in run.structure.groups if group.kind == "filter"]
+        bare = [group.name for group in filters if not read_by("norm_scale", group, run.structure.layout)]
+        lack = f"the channels of {bare[0]} have none" if bare else lack if filters else "no channels here can be cut"
+    if lack is not None:
         raise ConfigError(
-            f"pruner is {pruner}; it ranks channels by the scales of batch normalisation, and this model has none: set "
+            f"pruner is {pruner}; it ranks channels by the scales of batch normalisation, and {lack}: set "
             "model=batchnorm_cnn, or pruner=subfedavg"
         )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
-from fedray.prune.allocate import ALLOCATIONS, Allocation, Budget, Rounding
+from fedray.prune.allocate import Allocation, Budget, Rounding
 from fedray.prune.select import random_mask
-from fedray.pruners.fields import refuse_fields
-from fedray.round import Context, Policy, Server
+from fedray.pruners.fields import check_start, first_counts, refuse_fields
+from fedray.round import Context, Policy, RunFacts, Server
 
 
 @final
@@ -17,8 +17,8 @@ class Random(Policy[None, None]):
     """Static random pruning at initialisation.
 
     The mask is a pure function of the run's key and the counts, so it costs its seed on the wire. It never
-    changes. Random masks with layer-wise ratios as a baseline: Liu et al. 2022, "The unreasonable effectiveness
-    of random pruning", section 3.
+    changes. Of a model that comes with a mask it is drawn within that, and costs its positions. Random masks with
+    layer-wise ratios as a baseline: Liu et al. 2022, "The unreasonable effectiveness of random pruning", section 3.
 
     sparsity:   fraction removed, in [0, 1).
     allocation: how the kept weights are divided among tensors: "uniform", "er" or "erk".
@@ -41,8 +41,10 @@ class Random(Policy[None, None]):
     def changes_masks(self, round: int) -> bool:
         return round == 0
 
+    def check(self, run: RunFacts) -> None:
+        check_start(self, run)
+
     def init_server(self, server: Server, ctx: Context) -> tuple[Server, None]:
-        layout, names = server.params.layout, ctx.prunable
-        allocate = ALLOCATIONS[self.allocation]
-        counts = allocate(layout, names, self.sparsity, budget=self.budget, rounding=self.rounding)
-        return server.cut(random_mask(layout, names, counts, ctx.key.fold("random mask"))), None
+        counts, key = first_counts(self, server, ctx), ctx.key.fold("random mask")
+        drawn = random_mask(server.params.layout, ctx.prunable, counts, key, within=server.mask)
+        return server.cut(drawn), None

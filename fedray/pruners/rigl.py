@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
-from fedray.prune.regrow import first_mask, swap
+from fedray.prune.regrow import swap
+from fedray.pruners.fields import sparse_start
 from fedray.pruners.swapping import GROWTH, SwapsByGradients
 from fedray.round import Context, Policy, Server, refuse
 from fedray.sums import Sums
@@ -37,9 +38,7 @@ class RigL(SwapsByGradients, Policy[None, None]):
         refuse(self.initial not in ("magnitude", "random"), "initial", self.initial, "choose magnitude or random")
 
     def init_server(self, server: Server, ctx: Context) -> tuple[Server, None]:
-        counts = self.counts(server.params.layout, ctx.prunable)
-        key = ctx.key.fold("random mask")
-        return server.cut(first_mask(server.params, counts, self.initial, key, names=ctx.prunable)), None
+        return sparse_start(self, server, ctx), None
 
     def asked(self, gradient: Tree, mask: Mask, ctx: Context) -> Mask:
         return ~mask

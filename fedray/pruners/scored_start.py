@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from fedray.errors import ConfigError
 from fedray.prune.allocate import Budget, Rounding, total_kept
 from fedray.prune.select import keep_top_global
-from fedray.pruners.fields import refuse_fields
+from fedray.pruners.fields import check_start, refuse_fields
 from fedray.round import Context, Exchange, Message, Part, PartSpec, RunFacts, Server, refuse
 from fedray.sums import Sums
 from fedray.tree import Layout, Mask, Tree
@@ -21,15 +21,16 @@ class ScoredStart(ABC):
     """One question before the first training, and one ranking over all prunable tensors, with an exact count.
 
     Clients draw the initial weights from the seed, as the server does, so the question brings them a mask at most; the
-    answer is 4 bytes a parameter, once. The server takes the mean, weighted by the clients' examples. Where nobody
-    could be asked, the next round asks again.
+    answer is 4 bytes a parameter, once. The server takes the mean, weighted by the clients' examples. An empty cohort
+    cannot be asked, nor trains, and the next round asks again: so only with "all" it is known beforehand when the mask
+    is cut.
 
     A policy that names this before `Policy` adds what is scored (`score`) and how the mean is ranked (`ranked`), and
     has these fields:
 
     sparsity: fraction removed, in [0, 1).
     scores:   "clients", or "server": on public data, while the run is set up.
-    clients:  who is asked: "all", or the "cohort" of the first round.
+    clients:  who is asked: "all", available or not, or the "cohort" of the first round that has one.
     budget, rounding: what the sparsity is a fraction of, and how its count is rounded: see `prune.allocate`.
     """
 
@@ -60,12 +61,19 @@ class ScoredStart(ABC):
                 "pruner.scores is 'server'; the server scores on public data, and it has none: set public above 0, "
                 "such as public=250, or pruner.scores=clients"
             )
+        check_start(self, run)
 
-    def sparsity_after(self, round: int) -> float:
-        return self.sparsity if round >= 1 or self.scores == "server" else 0.0
+    def sparsity_after(self, round: int) -> float | None:
+        if self.scores == "server":
+            return self.sparsity
+        if round == 0:
+            return 0.0
+        return self.sparsity if self.clients == "all" else None
 
-    def changes_masks(self, round: int) -> bool:
-        return round == (0 if self.scores == "server" else 1)
+    def changes_masks(self, round: int) -> bool | None:
+        if self.scores == "server" or round == 0:
+            return round == 0 and self.scores == "server"
+        return round == 1 if self.clients == "all" else None
 
     def init_server(self, server: Server, ctx: Context) -> tuple[Server, bool]:
         if self.scores == "clients":

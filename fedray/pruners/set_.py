@@ -8,7 +8,8 @@ from typing import ClassVar, Literal, final
 import torch
 
 from fedray.prune.allocate import Allocation
-from fedray.prune.regrow import first_mask, swap
+from fedray.prune.regrow import swap
+from fedray.pruners.fields import sparse_start
 from fedray.pruners.swapping import SwapsWeights
 from fedray.round import Context, Policy, Server, refuse
 from fedray.sums import Sums
@@ -41,9 +42,7 @@ class SET(SwapsWeights, Policy[None, None]):
         refuse(self.initial not in ("magnitude", "random"), "initial", self.initial, "choose magnitude or random")
 
     def init_server(self, server: Server, ctx: Context) -> tuple[Server, None]:
-        counts = self.counts(server.params.layout, ctx.prunable)
-        key = ctx.key.fold("random mask")
-        return server.cut(first_mask(server.params, counts, self.initial, key, names=ctx.prunable)), None
+        return sparse_start(self, server, ctx), None
 
     def settle(self, server: Server, sums: Sums, memory: None, ctx: Context) -> tuple[Server, Sums, None]:
         if not self.is_due(ctx.round):

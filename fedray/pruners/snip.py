@@ -26,8 +26,8 @@ class Snip(ScoredStart, Policy[bool, None]):
     sparsity:   fraction removed, in [0, 1).
     scores:     "clients", or "server": on public data, while the run is set up.
     clients:    who is asked before the first training: "all", or the "cohort" of the first round.
-    absolute:   whether absolute values are taken "after" the mean over clients, which is SNIP on their pooled batches,
-                or "before" it, by each client, which is SSFL.
+    absolute:   whether absolute values are taken "after" the mean of the clients' scores, weighted by their examples
+                (with batch_size None that is SNIP on all their data at once), or "before" it, by each client (SSFL).
     batch_size: examples behind a score (all, where there are fewer); None for all.
     budget, rounding: what the sparsity is a fraction of, and how its count is rounded: see `prune.allocate`.
     """

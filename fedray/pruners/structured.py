@@ -55,6 +55,10 @@ class Structured(CutsUnits, Policy[None, None]):
         rule = "it is a fraction of a group's units, at most 1, and under a global ranking at least the sparsity"
         refuse(not 0.0 <= self.most <= 1.0 or too_little, "most", self.most, rule)
 
+    @property
+    def ranks_by(self) -> UnitScore:
+        return self.score
+
     def chosen(self, server: Server, sparsity: float, ctx: Context) -> Mask:
         assert ctx.structure is not None
         within = alive(ctx.structure, self.units, server.mask)

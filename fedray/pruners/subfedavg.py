@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, final
 from fedray.prune.allocate import Budget, Rounding, uniform
 from fedray.prune.regrow import drop
 from fedray.prune.shrink import shrink
-from fedray.pruners.fields import refuse_fields
+from fedray.pruners.fields import check_budget, refuse_fields
 from fedray.pruners.moving_masks import Candidate, ComparesEpochs
 from fedray.pruners.own_masks import check_differences, check_epochs, check_gate
 from fedray.round import Context, Policy, RunFacts, refuse
@@ -31,7 +31,9 @@ class SubFedAvg(ComparesEpochs, Policy[None, Any]):
     training goes on in one piece; that is one epoch more, counted, until the target is reached. The gate looks at
     training data that are set apart (`validation`), where the authors' code looks at the client's test images. The last
     step ends at the target exactly, where theirs is capped at 5 %; counts are exact, where they cut below a percentile.
-    They average uniformly, which is strategy.weight_by=uniform.
+    They average uniformly, which is strategy.weight_by=uniform, and leave running statistics of batch normalisation
+    with their clients, which is batch_norm=affine; under batch_norm=average a client runs the server's, though the gate
+    judges what it trained with its own.
 
     sparsity: the target: fraction removed from each tensor, in [0, 1).
     rate:     the fraction of what is left that one event cuts, in (0, 1).
@@ -62,6 +64,7 @@ class SubFedAvg(ComparesEpochs, Policy[None, Any]):
         check_differences("subfedavg", run)
         check_gate("subfedavg", run)
         check_epochs("subfedavg", run)
+        check_budget(self, run)
 
     def candidates(self, params: Tree, mask: Mask, ctx: Context) -> tuple[Candidate, ...]:
         names, counts = ctx.prunable, mask.counts(ctx.prunable)

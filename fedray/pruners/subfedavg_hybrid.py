@@ -15,7 +15,7 @@ from fedray.prune.unit_scores import alive, kept_units, unit_counts, unit_scores
 from fedray.prune.widths import held_buffers
 from fedray.pruners.moving_masks import Candidate, ComparesEpochs
 from fedray.pruners.own_masks import check_differences, check_epochs, check_gate, check_scales
-from fedray.round import Context, Fit, Job, Message, Policy, RunFacts, Server, refuse
+from fedray.round import Context, Fit, Job, Message, Policy, RunFacts, refuse
 from fedray.tree import Mask, Tree, add
 
 
@@ -31,7 +31,7 @@ class SubFedAvgHybrid(ComparesEpochs, Policy[None, Any]):
     Further deviations: the penalty has the signs of the scales as they were received; the least number of channels is a
     fraction ([3, 8] of [6, 16] there); a client returns statistics of channels that it has cut as it received them.
 
-    sparsity:  the target of each linear layer: fraction of its weights removed one by one, in [0, 1).
+    sparsity:  the target of each linear layer: fraction removed of the weights that cut channels leave, in [0, 1).
     rate:      the fraction of what is left there that one event cuts, in (0, 1). distance: as in Sub-FedAvg (Un).
     channel_sparsity, channel_rate, channel_distance: the same for the channels of each group, counted in channels.
     accuracy:  an event needs one above it, in [0, 1). penalty: of the scales, at least 0. shrink: train smaller models.
@@ -64,10 +64,6 @@ class SubFedAvgHybrid(ComparesEpochs, Policy[None, Any]):
         for check in (check_differences, check_gate, check_epochs, check_scales):
             check("subfedavg_hybrid", run)
 
-    def init_server(self, server: Server, ctx: Context) -> tuple[Server, None]:
-        self.candidates(server.params, Mask.full(server.params.layout), ctx)  # refuses what it cannot cut
-        return server, None
-
     def candidates(self, params: Tree, mask: Mask, ctx: Context) -> tuple[Candidate, ...]:
         assert ctx.structure is not None
         found, left = [], alive(ctx.structure, ("filter",), mask)
@@ -78,7 +74,11 @@ class SubFedAvgHybrid(ComparesEpochs, Policy[None, Any]):
             whole = mask & ctx.structure.mask(kept_units(ctx.structure, kept))
             found.append(Candidate(chosen=kept, names=names, mask=whole, distance=self.channel_distance))
         linear = tuple(name for name in ctx.prunable if len(params.layout.shape(name)) == 2)
-        lighter = shrink(mask.counts(linear), self.rate, uniform(params.layout, linear, self.sparsity))
+        # Of what the channels leave: what went with them is no work of this kind.
+        there = ctx.structure.mask(kept_units(ctx.structure, left)).counts(linear)
+        least = uniform(params.layout, linear, self.sparsity)
+        least = {name: round(count * there[name] / params[name].numel()) for name, count in least.items()}
+        lighter = shrink(mask.counts(linear), self.rate, least)
         if lighter != mask.counts(linear):
             single = mask & drop(params, mask, lighter, names=linear)
             found.append(Candidate(chosen=single, names=linear, mask=single, distance=self.distance))

@@ -1,4 +1,4 @@
-"""What pruners share that keep one budget and swap weights in some rounds: settings, counts and rounds."""
+"""What pruners share that keep one budget and swap weights in some rounds: settings, and when how many."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from fedray.prune.allocate import ALLOCATIONS, Allocation, Budget, Rounding
+from fedray.prune.allocate import Allocation, Budget, Rounding
 from fedray.prune.regrow import num_swaps
 from fedray.prune.schedule import cosine
-from fedray.pruners.fields import refuse_fields
+from fedray.pruners.fields import check_start, moves, refuse_fields, warn_moves
 from fedray.round import Context, Fit, Message, Part, PartSpec, RunFacts, refuse
 from fedray.tree import Layout, Mask, Tree, restrict
 
@@ -20,7 +20,8 @@ class SwapsWeights(ABC):
     """The budget, and the rounds in which the server swaps weights; a policy names this before `Policy`.
 
     In round r, if r % every == 0 and r < until, floor(ratio_r * kept) weights of a tensor are swapped, but no more than
-    it has dropped ones; so counts never change.
+    it has dropped ones; so counts never change. What grows has not been trained when its round is over, so `until` is
+    best before the end of a run. A model that comes with a mask starts within it; what grows may lie outside.
 
     sparsity:   fraction removed, in [0, 1), in every round. allocation: how the kept weights are divided among tensors:
                 "erk", "er" or "uniform".
@@ -46,22 +47,18 @@ class SwapsWeights(ABC):
     def sparsity_after(self, round: int) -> float:
         return self.sparsity
 
-    def changes_masks(self, round: int) -> bool:
+    def changes_masks(self, round: int) -> bool | None:
         return round == 0 or self.is_due(round)
 
+    def check(self, run: RunFacts) -> None:
+        check_start(self, run)
+
     def warns(self, run: RunFacts) -> tuple[str, ...]:
-        if any(map(self.is_due, range(run.rounds + 1))):
-            return ()
-        return (f"every is {self.every} and until is {self.until}: in {run.rounds} rounds no weights are swapped",)
+        return warn_moves(self, run)
 
     def is_due(self, round: int) -> bool:
         """Whether weights are swapped in this round."""
-        return 0 < round < self.until and round % self.every == 0
-
-    def counts(self, layout: Layout, names: tuple[str, ...]) -> dict[str, int]:
-        """Kept weights by tensor, in every round."""
-        allocate = ALLOCATIONS[self.allocation]
-        return allocate(layout, names, self.sparsity, budget=self.budget, rounding=self.rounding)
+        return moves(self, round)
 
     def swaps(self, mask: Mask, ctx: Context, among: tuple[str, ...] | None = None) -> dict[str, int]:
         """How many weights of each tensor to swap in this round. among: the tensors in which any are."""

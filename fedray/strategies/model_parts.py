@@ -39,7 +39,10 @@ def receive_model(message: Message, job: Job) -> Job:
 
 
 def put_buffers(message: Message, buffers: Tree, *, weight: float) -> Message:
-    """Buffers travel as absolute values, never masked: a running mean of a pruned channel is still a mean."""
+    """Buffers travel as absolute values, never masked: a running mean of a pruned channel is still a mean.
+
+    So a narrow client is sent those of the whole model, and sends as many.
+    """
     return message.put("buffers", Part(value=buffers, weight=weight)) if buffers.layout.size else message
 
 

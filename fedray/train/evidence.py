@@ -69,7 +69,7 @@ def add_curvature(
 def flow(
     module: nn.Module, weights: list[Tensor], shape: tuple[int, ...], device: torch.device, layout: Layout
 ) -> Tensor:
-    """|w| * dR/d|w| over its largest value, float64, flat in logical order; see round.Flow.
+    """|w * dR/d|w|| over its largest value, float64, flat in logical order; see round.Flow.
 
     module: in evaluation mode, with its buffers loaded; nothing in it is written to.
     weights: one per trainable parameter, with its shape. shape: of one sample.
@@ -90,14 +90,15 @@ def flow(
             f"the model is {type(module).__name__}; its flow without data is computed in float64, and it cannot be "
             f"({error}): take a pruner that looks at data, such as pruner=snip"
         ) from error
-    score = torch.cat([(a.detach() * b).reshape(-1) for a, b in zip(magnitudes, slopes, strict=True)])
+    # Slopes below zero come from layers that subtract, such as a GroupNorm, or from activations that fall.
+    score = torch.cat([(a.detach() * b).abs().reshape(-1) for a, b in zip(magnitudes, slopes, strict=True)])
     if not bool(score.isfinite().all()):
         name = layout.locate(int((~score.isfinite()).nonzero()[0]))
         raise NumericError(
             f"the flow through tensor {name!r} is beyond float64: the model is too deep, or its weights are too large, "
             "for a score without data; take a pruner that looks at data, such as pruner=snip"
         )
-    largest = score.abs().max() if score.numel() else score.new_ones(())
+    largest = score.max() if score.numel() else score.new_ones(())
     return score / largest if largest > 0 else score
 
 

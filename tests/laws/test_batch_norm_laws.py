@@ -10,9 +10,10 @@ from laws_support import PRUNERS, SIZES, label, population, run, spec
 from fedray.corrections import Scaffold
 from fedray.models.normalisation import pooled, statistics
 from fedray.personal import FedBN, FedPer, StaticNorm
-from fedray.pruners import HeteroFL, Magnitude, NoPruning
+from fedray.pruners import FedRolex, HeteroFL, LocalMagnitude, Magnitude, NoPruning, SubFedAvg
+from fedray.round import View
 from fedray.sim.checkpoint import load, save
-from fedray.sim.client import Worker
+from fedray.sim.client import Broadcast, Worker
 from fedray.sim.driver import Driver
 from fedray.sim.runtime import InlineRuntime
 from fedray.sim.spec import EvalSpec
@@ -190,3 +191,83 @@ def test_static_statistics_are_those_of_the_whole_model_where_clients_are_sent_a
     # Channels that no client trains have data going through them all the same.
     variances = [driver.statistics[name] for name in driver.statistics if name.endswith("running_var")]
     assert (torch.cat(variances) > 0).all()
+
+
+OTHERS = {
+    "a width": HeteroFL(rates=(1.0, 0.5), shares=(1.0, 1.0), masked_loss=False, own_labels=False),
+    "a window": FedRolex(rates=(1.0, 0.5), shares=(1.0, 1.0)),
+    "a mask": LocalMagnitude(sparsity=0.6, masks="personal"),
+}
+
+
+@pytest.mark.parametrize("pruner", OTHERS.values(), ids=OTHERS)
+def test_a_client_with_a_model_of_its_own_is_evaluated_with_statistics_of_its_data_in_that_one(pruner):
+    evaluated = EvalSpec(every=1, clients="all", batch_size=20)
+    one, hosts = given("static", pruner, rounds=2, evaluation=evaluated), population("batchnorm_cnn")
+    ran = run(one, hosts)
+    worker, driver = Worker(one, hosts), ran.driver
+    server, records, everyone = driver.server, driver.runtime.records, range(len(SIZES))
+    records = {client: records.get(client) for client in everyone}
+    last = Broadcast(round=2, server=server, memories=(), cohort=(), statistics=driver.statistics)
+    found = worker.evaluate_clients(last, everyone, records, 20).scores
+    assert [found[client]["own"]["accuracy"] for client in everyone] == ran.records[-1].accuracies
+    at = [policy for _, policy in one.policies].index(pruner)
+    own = 0
+    for client, record in records.items():
+        samples = worker.population.train(client)
+        ctx = worker._context(last, client, record, samples)
+        plain = View(params=server.params, buffers=server.buffers, mask=server.mask)
+        view = pruner.view(plain, None if record is None else record.memories[at], ctx)
+        module = one.task.module(one.key.fold("model"))
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(view.params[name])
+        wanted = driver.statistics
+        if view is not plain:
+            own += 1
+            wanted, _ = statistics(module, [samples.take(slice(None), torch.device("cpu"))[0]])
+        for name, buffer in module.named_buffers():
+            if name in wanted.layout.spans:
+                buffer.copy_(wanted[name])
+        x, y = hosts.local_samples(client).take(slice(None), torch.device("cpu"))
+        with torch.no_grad():
+            loss = torch.nn.functional.cross_entropy(module.eval()(x), y)
+        assert found[client]["own"]["loss"] == pytest.approx(float(loss), rel=1e-4)
+    assert 0 < own
+    assert (own < len(SIZES)) == (pruner is not OTHERS["a mask"])
+
+
+def test_what_clients_are_evaluated_with_changes_nothing_of_the_run_and_costs_no_bytes():
+    pruner = OTHERS["a width"]
+    asked, unasked = (
+        run(given("static", pruner, evaluation=replace(EACH, every=n, clients="all")), population("batchnorm_cnn"))
+        for n in (1, 0)
+    )
+    assert asked.digests == unasked.digests
+    for record in asked.records:
+        # Those outside of the cohort are evaluated too, and nothing crosses for it.
+        trained = {row["client"] for row in record.clients if "num_steps" in row}
+        assert {row["client"] for row in record.transfers} == trained != {row["client"] for row in record.clients}
+
+
+def test_a_gate_judges_with_the_statistics_that_a_client_keeps(monkeypatch):
+    seen = {}
+    means = Worker._means
+
+    def noting(self, samples, view):
+        seen.setdefault(len(seen), view)
+        return means(self, samples, view)
+
+    monkeypatch.setattr(Worker, "_means", noting)
+    sizes = tuple(max(size, 2) for size in SIZES)
+    held = population("batchnorm_cnn", sizes)
+    rows = np.concatenate([held.rows[start : start + 1] for start in held.starts[:-1]])
+    hosts = replace(held, held_rows=rows, held_starts=np.arange(len(sizes) + 1))
+    pruner = SubFedAvg(sparsity=0.5, rate=0.5, distance=0.0, accuracy=0.0)
+    one = given("affine", pruner, rounds=1, epochs=2, cohort=1, validation=0.2)
+    ran = run(one, hosts)
+    (record,) = ran.driver.runtime.records.values()
+    (view,) = seen.values()
+    kept = record.memories[0][1]
+    assert equal(view.local_buffers, kept)
+    assert not equal(view.local_buffers, Worker(one, hosts).local_buffers)

@@ -55,6 +55,8 @@ def fedray(monkeypatch, tmp_path, capfd, caplog):
 # Any other model in place of the MLP; TINY's setting of its widths is left out.
 LINEAR = ("model=lenet", "~model.hidden", "model._target_=torch.nn.Linear", "+model.out_features=10")
 
+GATED = ("pruner=lotteryfl", "validation=0.2", "num_clients=60")
+
 MISTAKES = {
     # what is written: what the sentence must say
     ("batch_norm=local",): ["batch_norm is 'local'", "no batch normalisation", "model=batchnorm_cnn"],
@@ -102,6 +104,13 @@ MISTAKES = {
     ("pruner=magnitude", "pruner.start=9"): ["pruner.start is 9", "rounds (2)"],
     ("pruner=magnitude", "pruner.schedule=cubic"): ["pruner.finish is 0"],
     ("pruner=feddst", "strategy=fedsgd"): ["feddst", "strategy=fedavg"],
+    ("pruner=structured", "pruner.units=[head]", "pruner.start=2"): ["pruner.units is ['head']", "it has neuron"],
+    ("pruner=hybrid", "pruner.unit_score=norm_scale", "pruner.start=2"): ["score of units is norm_scale", "layers.1"],
+    ("pruner=structured", "scope.first_layer=false"): ["no units are left", "scope.first_layer", "pruner=magnitude"],
+    ("pruner=fjord", "correction=fedsam"): ["correction.fedsam", "fjord"],
+    ("pruner=fedrolex", "personal=ditto"): ["from round to round", "pruner.shift=0"],
+    ("pruner=lotteryfl", "validation=0.2", "pruner.sparsity=0.999", "pruner.budget=all_parameters"): ["lower it or"],
+    (*GATED, "partition=dirichlet", "partition.alpha=0.05"): ["has one training example", "partition.min_size=2"],
     ("strategy=fedsgd", "trainer.epochs=2"): ["trainer.epochs is 2", "trainer.epochs=1"],
     ("strategy=fedsgd", "trainer.momentum=0.9"): ["trainer.momentum is 0.9"],
     ("correction=fedprox", "correction.fedprox.mu=-1"): ["correction.fedprox.mu is -1"],
@@ -148,7 +157,7 @@ MISTAKES = {
     ("runtime=slurm",): ["runtime=slurm does not exist", "inline"],
     ("tracker.progress=loud",): ["tracker.progress is 'loud'", "plain"],
     ("tracker.wandb.mode=on",): ["tracker.wandb.mode"],
-    ("pruner._target_=fedray.pruners.Nothing",): ["pruner._target_ is 'fedray.pruners.Nothing'", "cannot be imported"],
+    ("pruner._target_=fedray.pruners.Nothing",): ["pruner._target_ is 'fedray.pruners.Nothing'", "has no Nothing"],
     ("pruner._target_=nowhere.Nothing",): ["pruner._target_ is 'nowhere.Nothing'", "No module named 'nowhere'"],
     ("pruner._target_=fedray.models.MLP",): ["pruner"],
     ("pruner._target_=builtins.dict",): ["pruner._target_ is 'builtins.dict'", "fedray.round.Policy"],
@@ -161,7 +170,7 @@ MISTAKES = {
     ("model.width=3",): ["model.width is not a setting"],
     ("model.hidden=[0]",): ["model.hidden is [0]"],
     ("model.hidden=wide",): ["model.hidden is 'wide'"],
-    ("wire.up.chain.float32._target_=fedray.wire.Float64",): ["wire.up.chain.float32._target_", "cannot be imported"],
+    ("wire.up.chain.float32._target_=fedray.wire.Float64",): ["wire.up.chain.float32._target_", "has no Float64: did you mean Float"],
     ("rounds",): ["'rounds' cannot be read", "key=value"],
     ("rounds=",): ["rounds is ''", "an integer"],
     ("rounds=[1,",): ["'rounds=[1,' cannot be read"],

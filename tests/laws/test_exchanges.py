@@ -8,7 +8,7 @@ import pytest
 import torch
 from laws_support import SIZES, Packed, fingerprint, population, run, spec
 
-from fedray.errors import ConfigError
+from fedray.errors import ConfigError, RunError
 from fedray.keys import Key
 from fedray.prune.select import keep_top
 from fedray.round import Exchange, Message, Part, PartSpec, Policy
@@ -21,13 +21,16 @@ HALF = "half of each"
 @final
 @dataclass(frozen=True, kw_only=True)
 class AsksFirst(Policy[None, None]):
-    """Cuts half of each tensor in round `at`, by the mean of what clients say of the weights that they are sent."""
+    """Cuts half of each tensor in round `at`, by the mean of what clients say of the weights that they are sent.
+
+    heeds: whether it cuts at all, or asks for nothing."""
 
     cuts = "weights"
 
     at: int = 2
     clients: object = "cohort"
     trains: bool = False
+    heeds: bool = True
 
     def exchange_parts(self, params, buffers):
         return {
@@ -53,6 +56,8 @@ class AsksFirst(Policy[None, None]):
         return Message(parts={"score": Part(value=score, weight=float(ctx.client.num_examples))})
 
     def learn(self, exchange, server, sums, memory, ctx):
+        if not self.heeds:
+            return server, memory
         score = sums.mean("score", otherwise=0.0)
         counts = {name: score[name].numel() // 2 for name in ctx.prunable}
         return server.cut(keep_top(score, counts, names=ctx.prunable)), memory
@@ -72,31 +77,35 @@ def test_what_is_learned_is_in_force_for_the_training_of_that_very_round():
         assert message.mask == sent == expected
 
 
+def volume(entries, way):
+    parts = ("value_bytes", "mask_bytes", "header_bytes")
+    return sum(entry[part] for entry in entries for part in parts if entry["direction"] == way)
+
+
 @pytest.mark.parametrize("clients", ["cohort", "all", (1, 3)])
 def test_who_is_asked_pays_and_the_ledger_says_for_what(clients):
-    ran = run(spec(AsksFirst(clients=clients), FedAvg(), rounds=3), population())
+    ran = run(spec(AsksFirst(clients=clients, heeds=False), FedAvg(), rounds=3), population())
     entries = [entry for record in ran.records for entry in record.transfers if entry.get("exchange") == HALF]
-    wanted = {"cohort": set(ran.records[1].row and {e["client"] for e in ran.records[1].transfers}), "all": None}
-    asked = {entry["client"] for entry in entries}
+    trained = {entry["client"] for entry in ran.records[1].transfers if "exchange" not in entry}
+    everybody = set(range(len(SIZES)))
+    assert trained < everybody
+    assert trained != {1, 3}
     assert {entry["round"] for entry in entries} == {2}
-    assert asked == {"all": set(range(len(SIZES))), (1, 3): {1, 3}}.get(clients, wanted["cohort"])
+    assert {entry["client"] for entry in entries} == {"cohort": trained, "all": everybody}.get(clients, {1, 3})
     size = ran.servers[0].params.layout.size
-    for client, direction in itertools.product(asked, ("down", "up")):
+    for client, direction in itertools.product({entry["client"] for entry in entries}, ("down", "up")):
         (part,) = [
             e for e in entries if e["client"] == client and e["direction"] == direction and e["part"] != "message"
         ]
         assert part["value_bytes"] == 4 * size
+    # Nothing is made of the answers, so what else crosses is what crosses without a question.
     plain = run(spec(AsksFirst(at=99), FedAvg(), rounds=3), population())
-    for way in ("up", "down"):
-        in_exchange = sum(
-            e["value_bytes"] + e["mask_bytes"] + e["header_bytes"] for e in entries if e["direction"] == way
-        )
-        rest = ran.rows[1][f"wire/{way}_bytes"] - in_exchange
-        assert 0 < rest
-        assert plain.rows[1][f"wire/{way}_bytes"] > 0
-    assert ran.rows[-1]["wire/total_bytes"] == sum(
-        e["value_bytes"] + e["mask_bytes"] + e["header_bytes"] for record in ran.records for e in record.transfers
-    )
+    for way, (row, other) in itertools.product(("up", "down"), zip(ran.rows, plain.rows, strict=True)):
+        asked = volume(entries, way) if row["round"] == 2 else 0
+        assert row[f"wire/{way}_bytes"] - asked == other[f"wire/{way}_bytes"] > 0
+        assert (asked > 0) == (row["round"] == 2)
+    transfers = [entry for record in ran.records for entry in record.transfers]
+    assert ran.rows[-1]["wire/total_bytes"] == volume(transfers, "up") + volume(transfers, "down")
 
 
 def test_an_exchange_has_the_same_bits_in_any_packing_and_leaves_no_record():
@@ -106,9 +115,13 @@ def test_an_exchange_has_the_same_bits_in_any_packing_and_leaves_no_record():
         packed = run(given, population(), Packed(given, population(), **packing))
         assert packed.digests == whole.digests
         assert packed.bytes == whole.bytes
-    asked = set(range(len(SIZES)))
-    trained = {entry["client"] for record in whole.records for entry in record.transfers if "exchange" not in entry}
-    assert set(whole.driver.runtime.records) <= trained < asked | {-1}
+    # In these rounds not everybody who was asked has trained.
+    short = run(spec(AsksFirst(at=1, clients="all", trains=True), FedAvg(), rounds=1), population())
+    asked, trained = (
+        {e["client"] for record in short.records for e in record.transfers if ("exchange" in e) is exchanged}
+        for exchanged in (True, False)
+    )
+    assert set(short.driver.runtime.records) == trained < asked
     assert fingerprint(whole.servers[-1].params) != fingerprint(whole.servers[0].params)
 
 
@@ -163,3 +176,28 @@ def test_the_support_of_a_part_may_be_anything_and_a_complement_is_one_byte():
         codec.encode(Message(mask=~mask), direction="up", known=None, key=Key.of(0))
     with pytest.raises(ConfigError):
         Codec(spec_, layout, ("a.weight",), Wire(entropy="nonsense"))
+
+
+def test_a_mistake_in_an_exchange_names_the_policy_and_the_hook():
+    @final
+    @dataclass(frozen=True, kw_only=True)
+    class Wrong(Policy[None, None]):
+        at: str = ""
+
+        def init_server(self, server, ctx):
+            return server, {"init_server": {}}.get(self.at, {0: None})[0]
+
+        def exchanges(self, memory, ctx):
+            return [(Exchange(name="look"),)][self.at == "exchanges"]
+
+        def exchange_parts(self, params, buffers):
+            return {} if self.at == "undeclared" else params[self.at]
+
+    for at, sentence in {
+        "init_server": r"^before the first round, wrong\.init_server: KeyError: 0$",
+        "exchanges": r"^round 1, wrong\.exchanges: IndexError: list index out of range$",
+        "exchange_parts": r"wrong\.exchange_parts: TypeError: 'Layout' object is not subscriptable$",
+        "undeclared": r"wrong\.exchanges asks 'look', and exchange_parts has nothing: it names the parts of every",
+    }.items():
+        with pytest.raises(RunError, match=sentence):
+            run(spec(Wrong(at=at), FedAvg(), rounds=1), population())

@@ -1,12 +1,17 @@
 """What holds of whole runs that cut units: bytes and work fall with them, and they compose with lossy wires."""
 
+import math
+from dataclasses import replace
 from functools import cache
 
 import pytest
+import torch
 from laws_support import MOMENTUM, SIZES, WIRES, Packed, distance, label, population, run, spec, way
 
 from fedray.corrections import FedProx
+from fedray.errors import ConfigError
 from fedray.keys import Key
+from fedray.models import Scope
 from fedray.personal import LocalFineTuning, StaticNorm
 from fedray.pruners import FedRolex, FjORD, HeteroFL, Hybrid, NoPruning, Structured
 from fedray.sim.spec import EvalSpec
@@ -146,3 +151,54 @@ def test_the_sizes_of_the_federation_are_those_that_widths_are_dealt_to():
     found = ran(policy, FedAvg(), cohort=len(SIZES), rounds=1)
     sent = [mask is None for _, mask in found.uploads[0]]
     assert sorted(sent) == [False] * 4 + [True] * 2
+
+
+def scoped(pruner, **scope):
+    given = spec(pruner, FedAvg(), model="batchnorm_cnn", optim=MOMENTUM)
+    hosts = population("batchnorm_cnn")
+    return run(replace(given, task=replace(given.task, scope=Scope(**scope))), hosts)
+
+
+@pytest.mark.parametrize("pruner", [*BY_SERVER, BY_CAPACITY[0], BY_CAPACITY[3]], ids=label)
+def test_units_of_a_layer_that_is_out_of_scope_stay_and_others_go(pruner):
+    found = scoped(pruner, first_layer=False)
+    masks = [server.mask for server in found.servers] + [sent for uploads in found.uploads for _, sent in uploads]
+    cut = [mask for mask in masks if mask is not None]
+    assert len(cut) > 2
+    for mask in cut:
+        assert bool(mask["conv1.weight"].all())
+        assert bool(mask["norm1.weight"].all())
+        assert bool(mask["conv2.weight"].flatten(2).any(2).any(0).all())
+    assert not all(bool(mask["conv2.weight"].flatten(1).any(1).all()) for mask in cut)
+    why = "conv1: its weights are outside of scope.first_layer and scope.last_layer"
+    assert why in found.driver.worker.structure.left_out
+    # Outputs are never units, so the last layer's scope is nothing to them.
+    last = scoped(pruner, last_layer=False)
+    assert last.driver.worker.structure.left_out == ()
+
+
+def test_a_scope_that_leaves_no_units_is_refused():
+    given = spec(BY_SERVER[0], FedAvg(), model="mlp")
+    given = replace(given, task=replace(given.task, scope=Scope(first_layer=False)))
+    with pytest.raises(ConfigError, match=r"^no units are left that can be cut whole \(layers.1: its weights are out"):
+        run(given, population("mlp"))
+
+
+WEIGHTS = {"conv2.weight": (8, 4, 3, 3), "fc.weight": (3, 8)}
+
+
+@pytest.mark.parametrize("pruner", BY_CAPACITY, ids=label)
+def test_a_run_from_a_pruned_one_stays_under_its_mask_at_every_width(pruner):
+    given, hosts = spec(pruner, FedAvg(), model="batchnorm_cnn", optim=MOMENTUM), population("batchnorm_cnn")
+    kept = {name: torch.arange(math.prod(shape)).view(shape) % 3 > 0 for name, shape in WEIGHTS.items()}
+    found = run(replace(given, initial_mask=kept), hosts)
+    held = found.servers[0].mask
+    assert 0 < held.sparsity() < 0.5
+    for server in found.servers:
+        assert server.mask == held
+        assert not server.params.flat[~held.flat].any()
+    for uploads in found.uploads:
+        for message, sent in uploads:
+            assert not (sent.flat & ~held.flat).any()
+            assert not message["delta"].flat[~held.flat].any()
+    assert not torch.equal(found.servers[0].params.flat, found.servers[-1].params.flat)

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from laws_support import MOMENTUM, SIZES, WIRES, distance, population, run, spec
 
 from fedray.corrections import FedProx, Scaffold
+from fedray.errors import ConfigError
 from fedray.personal import Ditto, FedPer, LocalFineTuning
-from fedray.pruners import FedDST, Magnitude, NoPruning
+from fedray.pruners import FedDST, FedRolex, FjORD, HeteroFL, LocalMagnitude, LotteryFL, Magnitude, NoPruning
 from fedray.sim.client import Worker
 from fedray.sim.spec import EvalSpec
 from fedray.strategies import FedAvg, FedSGD
@@ -145,3 +146,32 @@ def test_a_head_that_stayed_is_fine_tuned_too():
     )
     assert tuned.digests == plain.digests
     assert tuned.records[-1].accuracies != plain.records[-1].accuracies
+
+
+def test_a_part_of_the_model_that_moves_from_round_to_round_goes_with_no_model_of_its_own():
+    narrow = {"rates": (1.0, 0.5), "shares": (1, 1)}
+    moving = (HeteroFL(assignment="dynamic", **narrow), FjORD(assignment="dynamic", **narrow), FedRolex(**narrow))
+    for pruner in (*moving, *(replace(one, assignment="fixed") for one in moving[:2]), FedRolex(**narrow, shift=0)):
+        policy = Ditto()
+        facts = spec(policy, pruner, FedAvg()).facts()
+        if any(pruner is one for one in moving):
+            with pytest.raises(ConfigError, match=r"gives clients other parts of the model from round to round, and"):
+                policy.check(facts)
+            tuned = LocalFineTuning()
+            tuned.check(spec(tuned, pruner, FedAvg()).facts())
+        else:
+            policy.check(facts)
+    for pruner in (LotteryFL(), LocalMagnitude(sparsity=0.5, masks="personal"), FedDST(sparsity=0.5, every=1, until=9)):
+        policy.check(spec(policy, pruner, FedAvg()).facts())
+
+
+def test_with_a_fixed_width_an_own_model_lies_in_it_and_is_what_a_client_runs():
+    widths = HeteroFL(rates=(1.0, 0.5), shares=(1, 1), masked_loss=False, own_labels=False)
+    given = spec(Ditto(), widths, FedAvg(), optim=MOMENTUM, cohort=EVERYONE, rounds=3, evaluation=ALL)
+    ran = run(given, population())
+    sent = {upload.client: upload.sent for upload in ran.heard if upload.round == 3}
+    assert sorted(mask is None for mask in sent.values()) == [False] * 3 + [True] * 3
+    for client, mask in sent.items():
+        own = ran.driver.runtime.records[client].memories[0]["params"]
+        assert mask is None or not own.flat[~mask.flat].any()
+        assert mask is None or own.flat[mask.flat].all()

@@ -14,6 +14,7 @@ from fedray.prune.structure import Group, Member, Structure
 from fedray.prune.unit_scores import (
     UNIT_SCORES,
     alive,
+    check_units,
     choose_units,
     cut_most,
     kept_units,
@@ -256,3 +257,28 @@ def test_what_is_gone_is_what_has_nothing_left_of_it_and_cutting_it_changes_no_m
 
 def test_every_score_has_a_test_by_hand():
     assert set(UNIT_SCORES) == {"l1", "l2", "group", "norm_scale", "fpgm"}
+
+
+@pytest.mark.parametrize("score", UNIT_SCORES)
+def test_what_cannot_be_scored_is_known_without_weights(score):
+    module = ResNet(shape=(1, 8, 8), num_classes=3, blocks=(1,), widths=(4,), norm="none")
+    structure = find_structure(module, torch.zeros(1, 1, 8, 8))
+    params = Tree.of({name: tensor.detach() for name, tensor in module.named_parameters()})
+    for kinds in (("filter",), ("block",), ("head",), ("filter", "block")):
+
+        def scored(kinds=kinds):
+            unit_scores(structure, params, score, among=alive(structure, kinds, None))
+
+        def checked(kinds=kinds):
+            check_units(structure, kinds, score)
+
+        said = []
+        for call in (scored, checked):
+            try:
+                call()
+                said.append(None)
+            except ConfigError as error:
+                said.append(str(error))
+        assert said[0] == said[1]
+        says = kinds != ("head",) and score != "norm_scale" and not (score == "fpgm" and "block" in kinds)
+        assert (said[0] is None) == says

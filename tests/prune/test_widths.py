@@ -7,7 +7,7 @@ import torch
 from fedray.errors import ConfigError
 from fedray.keys import Key
 from fedray.prune.structure import Group, Member, Structure
-from fedray.prune.widths import assigned, held_buffers, owned_outputs, width, window
+from fedray.prune.widths import assigned, held_buffers, owned_outputs, warnings_of, width, window
 from fedray.tree import Layout, Tree
 
 LAYOUT = Layout(("conv.weight", "fc.weight", "fc.bias"), ((5, 2), (3, 10), (3,)))
@@ -92,3 +92,21 @@ def test_outputs_that_are_not_owned_are_rows_of_the_last_layer():
 def test_a_last_layer_without_a_row_for_each_class_is_refused():
     with pytest.raises(ConfigError, match=r"own_labels is True; the last layer, fc\.weight, has 3 outputs for 4 cl"):
         owned_outputs(STRUCTURE, torch.ones(4, dtype=torch.bool))
+
+
+def test_a_deal_warns_of_units_that_nobody_trains_and_of_rates_that_nobody_has():
+    rates = (1.0, 0.5, 0.25)
+    assert warnings_of(rates, (1, 1, 1), 3) == warnings_of(rates, (1, 0, 1), 2) == ()
+    (narrow,) = warnings_of(rates, (0, 1, 1), 4)
+    assert narrow.startswith("of 4 clients none has rate 1: units past the widest (0.5) are trained by nobody, and ")
+    assert warnings_of(rates, (0, 1, 1), 4, rolls=True) == ()
+    # Of the paper's real-world mix over five clients, counts are 0, 1, 0, 1 and 3: 0.3, 0.5, 0.55, 0.9 and 2.75.
+    levels, mix = (1.0, 0.5, 0.25, 0.125, 0.0625), (6, 10, 11, 18, 55)
+    dealt = assigned(Key.of(0), 5, mix)
+    missing = [f"{rate:g}" for at, rate in enumerate(levels) if at not in dealt]
+    both = warnings_of(levels, mix, 5)
+    assert [text.partition(":")[0] for text in both] == [
+        "of 5 clients none has rate 1",
+        f"5 clients are too few for these shares, and nobody has rate {' and '.join(missing)}",
+    ]
+    assert warnings_of(levels, mix, 5, rolls=True) == both[1:]

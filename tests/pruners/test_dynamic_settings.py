@@ -1,18 +1,15 @@
 """Settings of the pruners with one global mask that moves: refused in one sentence, explained in their file."""
 
-import itertools
 import pickle
-from dataclasses import MISSING, FrozenInstanceError, fields
-from importlib import import_module
-from pathlib import Path
+from dataclasses import FrozenInstanceError, fields
 
 import pytest
-import yaml
+from yaml_checks import check_file, facts, made
 
 from fedray.pruners import SET, FedTiny, PruneFL, RigL
 from fedray.round import FieldError
+from fedray.strategies import FedAvg
 
-CONF = Path(__file__).parents[2] / "conf" / "pruner"
 SWAPPING = (RigL, SET, FedTiny)
 EXAMPLES = "it is a number of examples, at least 1, or null for all"
 ROUNDS = "it is a number of rounds, at least 1"
@@ -51,14 +48,14 @@ BAD = [
 ]
 
 
-def make(policy, **values):
+def build(policy, **values):
     return policy(**({"sparsity": 0.5} if policy in SWAPPING else {}) | values)
 
 
 @pytest.mark.parametrize(("policy", "field", "value", "rule"), BAD)
 def test_a_bad_setting_is_refused_in_one_sentence(policy, field, value, rule):
     with pytest.raises(FieldError) as caught:
-        make(policy, **{field: value})
+        build(policy, **{field: value})
     assert str(caught.value) == f"{field} is {value!r}; {rule}"
 
 
@@ -68,25 +65,29 @@ def test_negative_seconds_of_a_tensor_are_refused_by_its_name():
     assert str(caught.value) == "computing_s.fc.weight is -1.0; it is a number of seconds, 0 or more"
 
 
-@pytest.mark.parametrize("name", ["rigl", "set", "fedtiny", "prunefl"])
+@pytest.mark.parametrize("name", ["rigl", "set", "fedtiny", "prunefl", "feddst"])
 def test_a_configuration_sets_and_explains_every_field_with_its_default(name):
-    text = (CONF / f"{name}.yaml").read_text()
-    values = yaml.safe_load(text)
-    module, target = values.pop("_target_").rsplit(".", 1)
-    policy = getattr(import_module(module), target)
-    made = policy(**values)
-    assert set(values) == {field.name for field in fields(policy)}
-    assert all(getattr(made, f.name) == f.default for f in fields(policy) if f.default is not MISSING)
-    for above, line in itertools.pairwise(text.splitlines()):
-        if not line.startswith(("#", "_target_")):
-            assert above.startswith("# "), line
-    assert max(map(len, text.splitlines())) <= 120
+    check_file(name, changed=("every", "until", "finish"))
+
+
+SHARES = {"rigl": 0.75, "set": 0.75, "fedtiny": 0.75, "prunefl": 0.75, "feddst": 0.5}
+
+
+@pytest.mark.parametrize(("name", "share"), SHARES.items())
+def test_masks_move_a_few_times_and_never_last_in_a_run_of_any_length(name, share):
+    for rounds in (10, 25, 40, 100, 333):
+        policy = made(name, rounds)
+        due = [number for number in range(2, rounds + 1) if policy.changes_masks(number)]
+        assert (policy.every, policy.until) == (max(1, int(0.05 * rounds + 1e-9)), int(share * rounds + 1e-9))
+        assert due
+        assert max(due) < policy.until < rounds
+        assert policy.warns(facts(policy, FedAvg(), rounds=rounds)) == ()
 
 
 @pytest.mark.parametrize("policy", [*SWAPPING, PruneFL])
 def test_a_policy_survives_pickling_and_cannot_be_changed(policy):
-    made = make(policy)
-    assert pickle.loads(pickle.dumps(made)) == made
+    built = build(policy)
+    assert pickle.loads(pickle.dumps(built)) == built
     for field in fields(policy):
         with pytest.raises(FrozenInstanceError):
-            setattr(made, field.name, None)
+            setattr(built, field.name, None)

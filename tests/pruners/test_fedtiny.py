@@ -1,16 +1,21 @@
 import itertools
 from dataclasses import dataclass, replace
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from fedray.keys import Key
+from fedray.models import MLP, Task
+from fedray.personal import FedBN, FedPer, StaticNorm
 from fedray.prune.allocate import uniform
 from fedray.pruners import FedTiny
 from fedray.pruners.candidates import LOSSES, STATISTICS
 from fedray.round import ClientInfo, Exchange, Fit, Message, Part, Server
 from fedray.strategies import FedAvg
 from fedray.sums import Sums
+from fedray.testing.federation import run, run_spec, synthetic
 from fedray.tree import Layout, Mask, Tree, equal, restrict
 
 # -- the choice among candidates -------------------------------------------------------------------------------------
@@ -105,7 +110,7 @@ def test_the_candidate_of_the_least_loss_with_pooled_statistics_wins_by_hand(wor
     server, asked, memory = choose(world, ((0.0,) * 4,) * 3)
     assert asked == [STATISTICS, LOSSES]
     assert server.mask == masks_of(world)[1]
-    assert memory == ()
+    assert memory is True
     # Client 1 has 30 of 45 examples: 1.2 of its loss is worth 0.8 of the mean, and candidate 2 has the least.
     server, _, _ = choose(world, ((0.0,) * 4, (0.0, 1.2, 0.0, 0.0), (0.0,) * 4))
     assert server.mask == masks_of(world)[2]
@@ -127,12 +132,12 @@ def test_without_batch_normalisation_clients_are_asked_for_losses_alone(world):
     server, asked, memory = choose(world, opinions, stats=NONE)
     assert asked == [LOSSES]
     assert server.mask == masks_of(world)[2]
-    assert memory is None
+    assert memory is True
 
 
 def test_one_candidate_asks_nobody_and_nobody_is_asked_later(world):
     _, memory = TINY.init_server(world.server, world.ctx(0))
-    assert TINY.exchanges(memory, world.ctx(2)) == ()
+    assert TINY.exchanges(True, world.ctx(2)) == ()
     assert replace(TINY, candidates=1).exchanges(memory, world.ctx(1)) == ()
     assert TINY.exchanges(memory, world.ctx(1))[0].clients == "all"
     assert replace(TINY, voters="cohort").exchanges(memory, world.ctx(1))[0].clients == "cohort"
@@ -144,6 +149,57 @@ def test_where_nobody_answers_the_first_candidate_stays(world):
     for name in (STATISTICS, LOSSES):
         assert TINY.learn(Exchange(name=name), server, Sums(), memory, world.ctx(1)) == (server, memory)
     assert server.mask == masks_of(world)[0]
+
+
+@dataclass(frozen=True)
+class AwayFirst:
+    """Nobody can be reached in the first rounds, and everybody later."""
+
+    rounds: int
+
+    def __call__(self, *, round, num_clients, key):
+        return np.full(num_clients, round > self.rounds)
+
+
+def test_a_cohort_that_was_empty_is_asked_in_the_round_that_has_one():
+    """Nobody trained before, so the choice comes in time."""
+    policy = FedTiny(sparsity=0.5, candidates=3, voters="cohort", noise=0.9, every=9)
+    data = synthetic((6,), sizes=(12, 5, 9), num_classes=3, key=Key.of(3))
+    task = Task(build=partial(MLP, hidden=(8,), shape=(6,), num_classes=3))
+    for away in (0, 2):
+        made = run_spec([("fedtiny", policy), ("fedavg", FedAvg())], task, num_clients=3, cohort=2, rounds=4)
+        ran = run(replace(made, availability=AwayFirst(away)), data)
+        asked = {row["round"] for record in ran.records for row in record.transfers if "exchange" in row}
+        assert asked == {away + 1}
+        chosen = [policy.candidate(number, ran.driver._context(1, ())) for number in range(3)]
+        assert ran.servers[away + 1].mask in chosen
+        assert all(server.mask == chosen[0] for server in ran.servers[: away + 1])
+        assert all(server.mask == ran.servers[away + 1].mask for server in ran.servers[away + 1 :])
+
+
+def test_when_the_mask_is_chosen_is_promised_only_where_all_are_asked(world):
+    later = replace(TINY, voters="cohort", every=50)
+    assert [later.changes_masks(number) for number in (0, 1, 2, 50)] == [True, None, None, True]
+    everybody = replace(later, voters="all")
+    assert [everybody.changes_masks(number) for number in (0, 1, 2, 50)] == [True, True, False, True]
+    assert replace(later, candidates=1).changes_masks(1) is False
+
+
+NORMS = {"conv.weight": "weight", "norm.weight": "norm", "norm.bias": "norm", "fc.weight": "weight"}
+
+
+@pytest.mark.parametrize("keeper", [StaticNorm(), FedBN(), FedBN(keep="statistics"), FedPer(names=("norm*",))])
+def test_candidates_without_statistics_of_their_own_are_warned_of(world, keeper):
+    known = replace(world.facts(keeper, TINY, rounds=100), kinds=NORMS, has_statistics=True)
+    (sentence,) = TINY.warns(known)
+    assert "scored with its own, but with mean 0 and variance 1" in sentence
+    for quiet in (
+        replace(known, has_statistics=False),
+        replace(known, policies=known.policies[1:]),
+        replace(known, policies=(("fedper", FedPer()), *known.policies[1:])),
+    ):
+        assert TINY.warns(quiet) == ()
+    assert replace(TINY, candidates=1).warns(known) == ()
 
 
 # -- progressive pruning ---------------------------------------------------------------------------------------------

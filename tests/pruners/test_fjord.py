@@ -8,6 +8,7 @@ import torch
 from unit_worlds import chain, normed, placed
 from yaml_checks import check_file
 
+from fedray.corrections import FedSAM
 from fedray.errors import ConfigError
 from fedray.prune.widths import window
 from fedray.pruners import FjORD
@@ -172,3 +173,17 @@ def test_bad_values_and_bad_company_are_refused(here):
 
 def test_the_file_of_settings_is_complete_explained_and_accepted():
     check_file("fjord")
+
+
+def test_what_steps_on_parts_cannot_do_is_refused_before_the_start(here):
+    facts = here.facts(THIRDS, FedAvg(), FedSAM(rho=0.1))
+    with pytest.raises(ConfigError, match=r"^fedsam takes gradients beside the weights, and each step of pruner fjord"):
+        THIRDS.check(facts)
+    THIRDS.check(here.facts(THIRDS, FedAvg(), FedSAM(rho=0.0)))
+    numbers = replace(here.facts(THIRDS, FedAvg()), objective="regression")
+    with pytest.raises(ConfigError, match=r"^pruner.distils is True and the data's objective is regression; .*false"):
+        THIRDS.check(numbers)
+    replace(THIRDS, distils=False).check(numbers)
+    # Where each client has a single rate, no step draws one.
+    for single in (policy_of(1.0), replace(THIRDS, shares=(0, 0, 1))):
+        single.check(replace(facts, objective="regression"))

@@ -4,10 +4,15 @@ import itertools
 from dataclasses import replace
 
 import pytest
+import torch
 from yaml_checks import check_file, composed, made
 
-from fedray.pruners import FedDST, Magnitude, NoPruning, Random
+from fedray.prune.allocate import total_kept, uniform
+from fedray.pruners import FedDST, Iterative, Magnitude, NoPruning, Random
+from fedray.round import Server
 from fedray.strategies import FedAvg
+from fedray.sums import Sums
+from fedray.tree import Layout, Tree
 
 TIMES = ("start", "finish", "every")
 
@@ -70,7 +75,7 @@ def test_a_pruner_keeps_what_it_promises_and_its_mask_moves_in_no_other_round(wo
     assert policy.changes_masks(0) == (policy.sparsity_after(0) > 0)
 
 
-@pytest.mark.parametrize("name", ["magnitude", "random", "feddst", "none"])
+@pytest.mark.parametrize("name", ["magnitude", "random", "none"])
 def test_files_of_settings_are_complete(name):
     check_file(name)
 
@@ -82,3 +87,32 @@ def test_a_run_of_any_length_has_room_for_the_schedule(pruner, rounds):
     assert 0 <= found["start"] <= found["finish"] <= rounds
     if pruner != "threshold":
         assert found["start"] < found["finish"]
+
+
+MLP = Layout(("0.weight", "0.bias", "1.weight", "2.weight"), ((200, 64), (200,), (200, 200), (10, 200)))
+WEIGHTS = ("0.weight", "1.weight", "2.weight")
+
+
+LATE = {"sparsity": 0.9, "start": 20, "finish": 60, "rounding": "floor"}
+FLOORED = [
+    *[Magnitude(schedule="cubic", allocation=allocation, **LATE) for allocation in ("uniform", "er", "erk")],
+    Iterative(**LATE),
+]
+
+
+@pytest.mark.parametrize("policy", FLOORED, ids=repr)
+def test_a_sticky_schedule_with_counts_that_are_rounded_down_comes_to_its_end(world, policy):
+    """Rounding down leaves fewer weights after one event than the whole budget of the next may be."""
+    params = Tree(MLP, torch.randn(MLP.size, generator=torch.Generator().manual_seed(0)))
+    server, memory = Server(params=params, buffers=Tree.zeros(Layout((), ()))), None
+    ctx = replace(world.ctx(20), prunable=WEIGHTS)
+    before = {name: params[name].numel() for name in WEIGHTS}
+    for number in range(20, 61):
+        server, _, memory = policy.settle(server, Sums(), memory, replace(ctx, round=number))
+        counts = server.mask.counts(WEIGHTS)
+        total = total_kept(MLP, WEIGHTS, policy.sparsity_after(number), rounding="floor")
+        assert all(counts[name] <= before[name] for name in WEIGHTS)
+        assert total - 2 * len(WEIGHTS) <= sum(counts.values()) <= total + len(WEIGHTS)
+        before = counts
+    if policy.allocation == "uniform":
+        assert counts == uniform(MLP, WEIGHTS, 0.9, rounding="floor")

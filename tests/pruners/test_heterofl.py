@@ -10,9 +10,10 @@ from unit_worlds import chain, normed, placed, residual
 from yaml_checks import check_file
 
 from fedray.errors import ConfigError
+from fedray.keys import Key
 from fedray.personal import StaticNorm
 from fedray.prune.widths import window
-from fedray.pruners import HeteroFL
+from fedray.pruners import FedRolex, FjORD, HeteroFL
 from fedray.round import FieldError, Loss, Message, View
 from fedray.strategies import FedAvg, FedSGD
 from fedray.sums import Sums
@@ -251,3 +252,42 @@ def test_masks_of_different_widths_are_nested(here):
 
 def test_the_file_of_settings_is_complete_explained_and_accepted():
     check_file("heterofl")
+
+
+def test_a_start_that_is_pruned_stays_so_at_every_width(world):
+    here = placed(world, chain())
+    for policy in (
+        HALVES,
+        FedRolex(rates=(1.0, 0.5), shares=(1, 2)),
+        FjORD(rates=(1.0, 0.5, 0.25), shares=(1, 1, 1), distils=False),
+    ):
+        policies = [policy, FedAvg()]
+        held = Mask(here.layout, torch.rand(here.layout.size, generator=Key.of(3).torch()) < 0.5)
+        server = here.server.cut(held)
+        for number in range(1, 4):
+            for client, rate in enumerate(rates(here, policy)):
+                ctx = here.ctx(number, client)
+                job, _, upload = here.answer(policies, server, number, client)
+                units = None if rate == 1.0 else ctx.structure.mask(policy.held(ctx.structure, rate, ctx))
+                assert job.mask == upload.mask == (held if units is None else held & units)
+                assert all(not (part.flat & ~job.mask.flat).any() for part in job.submodels)
+                given = View(params=server.params, buffers=server.buffers, mask=held)
+                seen = policy.view(given, None, ctx)
+                assert seen.mask == job.mask
+                assert equal(seen.params, restrict(server.params, job.mask))
+            server, _ = here.round(policies, server, number)
+            assert server.mask == held
+            assert not server.params.flat[~held.flat].any()
+
+
+def test_it_warns_where_nobody_holds_the_whole_model(here):
+    facts = here.facts(HALVES, FedAvg())
+    narrow = {"rates": (0.5, 0.25), "shares": (1, 1)}
+    for policy in (HALVES, FjORD(rates=(1.0, 0.5), shares=(1, 1)), FedRolex(rates=(1.0, 0.5), shares=(1, 1))):
+        assert policy.warns(facts) == ()
+        found = replace(policy, **narrow).warns(facts)
+        wanted = [] if isinstance(policy, FedRolex) else ["of 3 clients none has rate 1:"]
+        assert [text[:29] for text in found] == wanted
+    assert len(FedRolex(**narrow, shift=0).warns(facts)) == 1
+    # Five rates among three clients: 0.6 each, so the two last get nobody.
+    assert [text[:32] for text in HeteroFL().warns(facts)] == ["3 clients are too few for these "]

@@ -151,3 +151,14 @@ def test_a_sparsity_that_the_run_never_reaches_is_refused():
         "pruner.finish is 11; it must be at most rounds (10), or the sparsity of 0.9 is never reached; lower it or "
         "raise rounds"
     )
+
+
+def test_a_ticket_that_no_round_is_left_to_train_is_warned_of():
+    policy = Iterative(sparsity=0.9, finish=10)
+    assert policy.warns(facts(policy, rounds=11)) == ()
+    assert policy.warns(facts(policy, rounds=10)) == (
+        "finish is 10, the last round: the run ends with the weights of round 0 under the final mask, untrained; lower "
+        "it to train the ticket, or set rewind_to=null",
+    )
+    for other in (replace(policy, rewind_to=None), replace(policy, sparsity=0.0)):
+        assert other.warns(facts(other, rounds=10)) == ()

@@ -1,13 +1,16 @@
 import itertools
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
+from yaml_checks import composed
 
+import fedray
 from fedray.errors import ConfigError
 from fedray.pruners import PruneFL
 from fedray.pruners.one_client import INITIAL
-from fedray.round import ClientInfo, Exchange, Fit, Job, Message, Part, Server
+from fedray.round import ClientInfo, Exchange, FieldError, Fit, Job, Message, Part, Server
 from fedray.strategies import FedAvg
 from fedray.sums import Sums
 from fedray.tree import Layout, Mask, Tree, equal, restrict
@@ -266,8 +269,40 @@ def test_reconfigurations_begin_above_chance(world, accuracy, jobs):
     assert answer.mask == Mask.full(LAYOUT)
 
 
-def test_a_task_without_classes_needs_no_accuracy(world):
-    assert len(first_stage(world, accuracy=0.0, classes=0)[0]) == 6
+@pytest.mark.parametrize("classes", [0, 1])
+def test_a_task_without_classes_needs_no_accuracy(world, classes):
+    assert len(first_stage(world, accuracy=0.0, classes=classes)[0]) == 6
+
+
+FAMILIES = {
+    "numbers": ["data._target_=family_data.numbers", "model=mlp", "model.hidden=[9]"],
+    "next tokens": ["data._target_=family_data.tokens", "+data.classes=false", "model=char_lstm", "model.hidden=6"],
+    "texts": ["data._target_=family_data.tokens", "+data.classes=true", "model=lstm_classifier", "model.hidden=6"],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_initial_client_finds_a_mask_whatever_samples_are_labelled_with(family, tmp_path, monkeypatch):
+    """Numbers have deciles for labels and no accuracy; next tokens have one label, of which 1.5 times chance is 1.5."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "laws")
+    settings = ["pruner=prunefl", "pruner.initial_rounds=12", "pruner.initial_every=2", "pruner.initial_steps=2"]
+    settings += ["pruner.patience=1", "pruner.constant_s=1.0e-9", "rounds=1", "num_clients=3", "cohort=2"]
+    quiet = ["runtime=inline", "tracker.progress=none", "tracker.wandb.mode=disabled", "trainer.engine=eager"]
+    groups = ["partition=iid", *(one for one in FAMILIES[family] if one.startswith("model="))]
+    rest = [one for one in FAMILIES[family] if not one.startswith("model=")]
+    ran = fedray.run([*groups, *rest, *settings, *quiet, "trainer.lr=0.3"], folder=tmp_path)
+    assert ran.rows[0]["model/sparsity"] > 0.0
+
+
+def test_the_initial_client_begins_with_the_mask_that_the_model_came_with(world):
+    jobs, _, server, ctx = first_stage(world)
+    del jobs[:]
+    question = FIRST.ask(ASKED, replace(server, mask=MASK), {}, ctx)
+    assert question.mask == MASK
+    FIRST.answer(ASKED, question, None, ctx)
+    assert jobs[0][0].mask == MASK
+    assert FIRST.ask(ASKED, server, {}, ctx).mask is None  # a whole one goes without saying
+    assert FIRST.init_server(replace(world.server, mask=world.mask(1)), world.ctx(0))[0].mask == world.mask(1)
 
 
 def test_all_begin_with_what_the_initial_client_found(world):
@@ -310,6 +345,52 @@ def test_an_initial_client_that_is_none_is_refused(world):
     with pytest.raises(ConfigError) as caught:
         replace(FIRST, initial_client=3).check(world.facts())
     assert str(caught.value) == "pruner.initial_client is 3; it is a client's id from 0 to 2, or null to draw one"
+
+
+def test_a_target_that_the_run_never_reaches_is_refused(world):
+    policy = PruneFL(target_sparsity=0.8, finish=21)
+    policy.check(world.facts(rounds=21))
+    replace(policy, target_sparsity=0.0).check(world.facts(rounds=20))
+    with pytest.raises(ConfigError) as caught:
+        policy.check(world.facts(rounds=20))
+    assert str(caught.value) == (
+        "pruner.finish is 21; it must be at most rounds (20), or the target_sparsity of 0.8 never bounds the size; "
+        "lower it or raise rounds"
+    )
+
+
+def test_a_target_alone_bounds_the_size_in_a_run_of_any_length():
+    for rounds in (1, 10, 40, 333):
+        found = composed("prunefl", rounds=rounds, target_sparsity=0.8)
+        assert found["finish"] == max(1, int(0.6 * rounds))
+
+
+def test_seconds_of_a_tensor_that_there_is_not_are_refused_by_name(world):
+    policy = PruneFL(computing_s={"fc.weight": 1e-3, "fc.weigth": 1e-3})
+    kinds = {"fc.weight": "weight", "fc.bias": "bias", "out.weight": "weight"}
+    policy.check(world.facts())
+    for known in ({"kinds": kinds}, {"kinds": kinds, "prunable": ("fc.weight", "out.weight")}):
+        with pytest.raises(ConfigError, match=r"pruner.computing_s names 'fc.weigth'; it has seconds by the names"):
+            policy.check(replace(world.facts(), **known))
+        replace(policy, computing_s={"fc.weight": 1e-3}).check(replace(world.facts(), **known))
+    with pytest.raises(ConfigError, match=r"'fc.bias'.* which are fc.weight, out.weight"):
+        replace(policy, computing_s={"fc.bias": 1.0}).check(replace(world.facts(), **known))
+
+
+def test_after_the_end_nothing_is_gathered_or_sent_and_the_mask_rests(world):
+    ends = replace(HAND, until=6)
+    assert [number for number in range(1, 13) if ends.changes_masks(number)] == [3]
+    assert ends.begin(Message(), world.job(), None, world.ctx(5))[1].wants == {"grad_sum"}
+    held = tree_of(1, 2, 3, 4, 5, 6, 7)
+    job = world.job()
+    assert ends.begin(Message(), job, held, world.ctx(6)) == (Message(), job, None)
+    fit = hand_fit(1, -2, 0, 0, 3, 0, 1)
+    assert ends.end(fit, Message(), held, hand_context(world, 6)) == (fit, Message(), None)
+    server = Server(params=tree_of(4, -3, 0.1, 0.2, 0, 0, 1), buffers=NOTHING, mask=MASK)
+    sums = answered((1.0, 8.0, (4, 4, 36, 0.4, 0, 0, 0)))
+    assert ends.settle(server, sums, {}, hand_context(world, 6))[0] is server
+    with pytest.raises(FieldError, match="until is -1; it is a round, 0 for the mask of the initial client alone"):
+        replace(HAND, until=-1)
 
 
 # -- many rounds -----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedray.prune.allocate import erk
-from fedray.pruners import RigL
+from fedray.pruners import SET, FedDST, PruneFL, RigL
 from fedray.round import Fit, Message, Part, Server
 from fedray.strategies import FedAvg
 from fedray.sums import Sums
@@ -172,9 +172,23 @@ def test_sparsity_zero_is_the_dense_run_bit_for_bit(world):
     assert all(equal(a.params, b.params) for a, b in zip(dense, run, strict=True))
 
 
-def test_a_run_in_which_no_mask_changes_is_warned_of(world):
-    assert HAND.warns(world.facts(rounds=2)) == ()
-    assert HAND.warns(world.facts(rounds=1)) == ("every is 2 and until is 10: in 1 rounds no weights are swapped",)
+def test_a_run_in_which_the_mask_never_moves_is_warned_of(world):
+    assert HAND.warns(world.facts(rounds=3)) == ()
+    assert HAND.warns(world.facts(rounds=1)) == ("every is 2 and until is 10: in 1 rounds the mask never moves",)
     assert replace(HAND, until=2).warns(world.facts(rounds=20)) == (
-        "every is 2 and until is 2: in 20 rounds no weights are swapped",
+        "every is 2 and until is 2: in 20 rounds the mask never moves",
     )
+
+
+OTHERS = [SET(sparsity=0.5, every=2, until=10), FedDST(sparsity=0.5, every=2, until=10), PruneFL(every=2, until=10)]
+
+
+@pytest.mark.parametrize("policy", [HAND, *OTHERS], ids=repr)
+def test_a_mask_that_moves_in_the_last_round_is_warned_of(world, policy):
+    for rounds in (3, 9, 10, 11):
+        assert policy.warns(world.facts(rounds=rounds)) == ()
+    for rounds in (2, 4, 8):
+        assert policy.warns(world.facts(rounds=rounds)) == (
+            f"every is 2 and until is 10: the mask moves in round {rounds}, the last, and what it brings back is not "
+            f"trained; test/accuracy_before_prune is that of the model before: set until to {rounds} or less",
+        )

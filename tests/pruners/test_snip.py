@@ -108,6 +108,14 @@ def test_who_is_asked_and_when(looking):
     assert [ALL.changes_masks(n) for n in (0, 1, 2)] == [False, True, False]
 
 
+def test_when_the_mask_is_cut_is_promised_only_where_all_are_asked():
+    """A cohort may be empty, and then the next is asked."""
+    some = replace(ALL, clients="cohort")
+    assert [some.sparsity_after(n) for n in (0, 1, 9)] == [0.0, None, None]
+    assert [some.changes_masks(n) for n in (0, 1, 2)] == [False, None, None]
+    assert [replace(some, scores="server").changes_masks(n) for n in (0, 1)] == [True, False]
+
+
 def test_where_nobody_could_be_asked_the_next_round_asks_again(looking):
     server, memory = nobody(ALL, looking)
     assert equal(server.params, looking.server.params)

@@ -10,7 +10,7 @@ from unit_worlds import chain, normed, placed, residual
 from yaml_checks import check_file
 
 from fedray.errors import ConfigError
-from fedray.pruners import Structured
+from fedray.pruners import Hybrid, Structured
 from fedray.round import FieldError, Message, Server
 from fedray.strategies import FedAvg
 from fedray.sums import Sums
@@ -222,3 +222,18 @@ def test_a_schedule_that_ends_after_the_run_is_refused(here):
 
 def test_the_file_of_settings_is_complete_explained_and_accepted():
     check_file("structured")
+
+
+def test_units_that_the_model_has_not_and_scores_that_say_nothing_are_refused_before_a_late_start(world):
+    here = placed(world, residual())
+    for policy in (Structured(sparsity=0.5, start=10), Hybrid(sparsity=0.5, start=10)):
+        facts = replace(here.facts(policy, FedAvg()), structure=here.ctx(0).structure)
+        policy.check(facts)
+        with pytest.raises(ConfigError, match=r"^pruner.units is \['head'\]; this model has none of them, it has"):
+            replace(policy, units=("head",)).check(facts)
+        for field in ("score", "unit_score"):
+            if hasattr(policy, field):
+                with pytest.raises(ConfigError, match=r"^pruner's score of units is norm_scale; it says nothing about"):
+                    replace(policy, **{field: "norm_scale"}).check(facts)
+                with pytest.raises(ConfigError, match=r"^pruner's score of units is fpgm; it says nothing about block"):
+                    replace(policy, units=("block",), **{field: "fpgm"}).check(facts)

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 from personal_worlds import Personal
-from unit_worlds import chain, normed, placed
+from unit_worlds import chain, normed, placed, residual
 
 from fedray.errors import ConfigError
 from fedray.prune.scales import scale_signs
@@ -90,9 +90,9 @@ def test_both_kinds_are_judged_together_and_end_at_their_targets(small):
     for client in (0, 1):
         found = sizes[client]
         assert found == sorted(found, reverse=True)
-        # A quarter of 4 channels less are 3, then comes the target; half of 24 weights, or fewer with their channels.
+        # A quarter of 4 channels less are 3, then comes the target; of 24 weights go those of 2 channels, and half.
         assert list(dict.fromkeys(kept for kept, _ in found)) == [3, 2]
-        assert found[-1][1] <= 12
+        assert found[-1][1] == 6
     # Of the third client the smallest scale is the same after every epoch, so its channels stay.
     assert {kept for kept, _ in sizes[2]} == {4}
     assert sizes[2][-1][1] == 12
@@ -144,9 +144,31 @@ def test_a_model_without_scales_is_refused_before_anything_starts(world):
         HYBRID.check(replace(run, validation=0.0))
     with pytest.raises(ConfigError, match=r"^trainer.epochs is 1; "):
         HYBRID.check(replace(run, epochs=1.0))
-    lines = placed(world, chain())
-    with pytest.raises(ConfigError):
-        HYBRID.init_server(lines.server, lines.ctx(0))
+    HYBRID.check(replace(run, has_statistics=True, structure=MODEL.structure))
+    for model, lack in ((chain(), "no channels here can be cut"), (residual(), "the channels of stem have none")):
+        with pytest.raises(ConfigError) as caught:
+            HYBRID.check(replace(run, has_statistics=True, structure=model.structure))
+        assert str(caught.value) == (
+            f"pruner is subfedavg_hybrid; it ranks channels by the scales of batch normalisation, and {lack}: set "
+            "model=batchnorm_cnn, or pruner=subfedavg"
+        )
+
+
+def test_single_weights_go_down_to_their_share_of_what_the_channels_leave(small):
+    run = Personal(small, [HYBRID, UNIFORM])
+    for _ in range(16):
+        run.round()
+    for client, left in ((0, 12), (1, 12)):
+        mask = run.known[client]
+        # Two of four channels stay, with 2 * 2 columns of 3 outputs; half of these weights go.
+        there = MODEL.structure.mask({"conv": torch.tensor(channels(mask))})
+        assert there.counts()["fc.weight"] == left
+        assert mask.counts()["fc.weight"] == left // 2
+        assert not (mask.flat & ~there.flat).any()
+    alone = Personal(small, [replace(HYBRID, channel_sparsity=0.0), UNIFORM])
+    for _ in range(16):
+        alone.round()
+    assert alone.known[0].counts()["fc.weight"] == 12
 
 
 @pytest.mark.parametrize(

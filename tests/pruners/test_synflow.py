@@ -105,6 +105,38 @@ def test_scores_are_found_anew_at_every_step_under_the_mask_of_the_last_by_hand(
     assert cut.params.flat.tolist() == [0.0] * 4 + [1.0, 1.0, 0.0, 0.0] + [1.0, 1.0]
 
 
+class Normed(nn.Module):
+    """A norm of each example subtracts, so that slopes have both signs."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm, self.out = nn.Linear(6, 8), nn.GroupNorm(2, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        return self.out(F.relu(self.norm(self.fc(x))))
+
+
+def test_slopes_below_zero_count_by_their_magnitude_as_in_the_published_code():
+    looking = Looking.at(Normed)
+    params, module = looking.server.params, Normed().double().eval()
+    for name, parameter in module.named_parameters():
+        parameter.data = params[name].double().abs()
+    module(torch.ones(1, 6, dtype=torch.float64)).sum().backward()
+    signed = torch.cat([(p.grad * p.data).flatten() for p in module.parameters()])
+    assert bool((signed < 0).any())
+    score = looking.engine.flow(params, looking.server.buffers, None)
+    assert torch.allclose(score.flat.double(), signed.abs() / signed.abs().max(), atol=1e-6)
+
+
+def test_a_model_through_which_the_flow_is_not_conserved_is_warned_of():
+    policy, kinds = SynFlow(sparsity=0.5), {"fc.weight": "weight", "norm.weight": "norm"}
+    (sentence,) = policy.warns(facts(policy, kinds=kinds, has_statistics=False))
+    assert "GroupNorm or LayerNorm" in sentence
+    assert policy.warns(facts(policy, kinds=kinds, has_statistics=True)) == ()
+    assert policy.warns(facts(policy, kinds={"fc.weight": "weight"}, has_statistics=False)) == ()
+    assert policy.warns(facts(policy)) == ()
+
+
 def test_biases_stay_and_a_mask_that_the_model_came_with_is_respected():
     looking = Looking.at()
     layout = looking.engine.params_layout
