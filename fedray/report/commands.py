@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 from fedray.errors import ConfigError, FedrayError
 from fedray.report.conventions import CONVENTIONS, load_conventions, named
 from fedray.report.reprice import Setting, report, what_if
+from fedray.report.results import read_results
 from fedray.report.runs import find_runs, manifest_of, sentence
-from fedray.report.table import table
+from fedray.report.table import Format, tabled
 
 Profile = Callable[[str, str, str | None], Any]
 """(group, name, config_dir) to the component of <group>/<name>.yaml there or in conf, None for `none`."""
@@ -67,15 +69,84 @@ def reprice_command(
 
 def table_command(arguments: Sequence[str], *, parser: type[argparse.ArgumentParser]) -> None:
     """Print the table of a sweep: settings that differ, a metric over seeds, sparsity and megabytes."""
-    command = parser(prog="fedray table", description="The table of a sweep, over its seeds, as Markdown.")
-    command.add_argument("folder", type=Path, help="a folder that holds runs at any depth")
-    command.add_argument(
-        "--metric", help="a metric of rounds.jsonl, test/accuracy if there is one; its last value counts"
+    command = parser(
+        prog="fedray table",
+        description="The table of a sweep over its seeds: mean and standard deviation, the best in bold.",
     )
-    command.add_argument("--rows", metavar="KEY", help="a setting for the rows, as in pruner.sparsity; needs --cols")
-    command.add_argument("--cols", metavar="KEY", help="a setting for the columns; needs --rows")
+    command.add_argument("folder", type=Path, help="a folder that holds runs at any depth")
+    command.add_argument("--metric", help="a metric of rounds.jsonl, test/accuracy if there is one")
+    command.add_argument(
+        "--at",
+        choices=("final", "best", "target"),
+        default="final",
+        help="its last value, its best, or what was spent when it first reached the target; final without",
+    )
+    command.add_argument("--target", type=float, metavar="V", help="the value to reach; that of stop.targets without")
+    command.add_argument(
+        "--cost", choices=("rounds", "bytes", "seconds"), help="what is spent to a target; rounds without"
+    )
+    command.add_argument(
+        "--rows", metavar="KEY,...", help="settings for the rows, as in pruner or pruner,strategy; needs --cols"
+    )
+    command.add_argument("--cols", metavar="KEY,...", help="settings for the columns; needs --rows")
+    command.add_argument(
+        "--only", metavar="KEY=VALUE", action="append", default=[], help="only such runs; KEY=A|B for several values"
+    )
+    command.add_argument(
+        "--baseline",
+        metavar="KEY=VALUE,...",
+        help="also the differences to these settings, as in pruner=none, paired by seed, with intervals",
+    )
+    command.add_argument("--confidence", type=float, default=0.95, metavar="C", help="of the intervals; 0.95 without")
+    command.add_argument(
+        "--bold", choices=("column", "row", "none"), default="column", help="where the best is looked for"
+    )
+    command.add_argument("--format", choices=("md", "csv", "latex"), help="md without, or as --out ends")
+    command.add_argument("--out", type=Path, metavar="FILE", help="write it to a file")
     options = command.parse_args(arguments)
-    print(table(options.folder, metric=options.metric, rows=options.rows, cols=options.cols))
+    form = table_format(options.format, options.out)
+    if options.cost is not None and options.at != "target":
+        raise ConfigError(f"--cost {options.cost} goes with --at target, not with --at {options.at}")
+    found = tabled(
+        read_results(options.folder),
+        metric=options.metric,
+        rows=options.rows,
+        cols=options.cols,
+        at=options.at,
+        target=options.target,
+        cost=options.cost or "rounds",
+        baseline=options.baseline,
+        confidence=options.confidence,
+        bold=options.bold,
+        chosen=options.only,
+        form=form,
+        folder=options.folder,
+    )
+    if options.out is None:
+        print(found.text)
+    else:
+        options.out.write_text(f"{found.text}\n", encoding="utf-8")
+        print(f"table: {options.out}")
+    if form == "csv":
+        # A csv has no place for them, and whoever reads it by a pipe shall not find them there.
+        for note in found.notes:
+            print(note, file=sys.stderr)
+
+
+def table_format(form: str | None, out: Path | None) -> Format:
+    """The format that was asked for, by --format or by the end of a file's name. Raises ConfigError."""
+    ends: dict[str, Format] = {".md": "md", ".csv": "csv", ".tex": "latex"}
+    if out is not None and not out.parent.is_dir():
+        raise ConfigError(f"--out is {str(out)!r}; the folder {out.parent} does not exist, so make it first")
+    if out is not None and out.is_dir():
+        raise ConfigError(f"--out is {str(out)!r}; it is a folder, so name a file in it")
+    if form is not None:
+        return form  # type: ignore[return-value]
+    if out is None:
+        return "md"
+    if out.suffix.lower() not in ends:
+        raise ConfigError(f"--out is {str(out)!r}; its name must end in {', '.join(ends)}, or give --format")
+    return ends[out.suffix.lower()]
 
 
 def _conventions() -> str:

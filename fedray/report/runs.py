@@ -20,7 +20,7 @@ def find_runs(folder: Path) -> list[Path]:
     folder = Path(folder)
     found = []
     for place, inside, files in os.walk(folder):
-        inside.sort(key=_natural)
+        inside.sort(key=natural)
         if {MANIFEST_FILE, ROUNDS_FILE} <= set(files):
             found.append(Path(place))
             inside.clear()  # what lies in a run belongs to it
@@ -38,7 +38,7 @@ def manifest_of(run: Path) -> dict[str, Any]:
     return manifest
 
 
-def _natural(name: str) -> tuple[int, int, str]:
+def natural(name: str) -> tuple[int, int, str]:
     """Sweeps number their cells: 10 comes after 9."""
     return (0, int(name), "") if name.isdecimal() else (1, 0, name)
 

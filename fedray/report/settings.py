@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+from fedray.errors import ConfigError
 from fedray.report.runs import flattened
 
-IGNORED = ("name", "seed", "runtime", "tracker", "checkpoint")
+IGNORED = ("name", "seed", "runtime", "tracker", "checkpoint", "experiment", "sweep")
 """Settings that do not change a result, and the seed; locations (every `path`) are ignored too."""
 ABSENT = "-"
 LISTED = 8
@@ -88,3 +89,49 @@ def closest(name: str, names: Sequence[str]) -> str:
         return f"did you mean {last.get(near[0], near[0])}?"
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return f"there are {', '.join(names[:LISTED])}{more}"
+
+
+def resolve(key: str, keys: Sequence[str], option: str) -> str:
+    """A setting from its full or short name. Raises ConfigError where it is none, or may be several."""
+    found = [key] if key in keys else [known for known in keys if known.endswith(f".{key}")]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ConfigError(f"{option} {key} may be {' or '.join(found)}; write one of them in full")
+    raise ConfigError(f"{option} {key} is not a setting of these runs; {closest(key, keys)}")
+
+
+def same_value(shown: str, typed: str) -> bool:
+    """Whether a value is the one that somebody typed: 0.50 is 0.5."""
+    if shown == typed:
+        return True
+    try:
+        return float(shown) == float(typed)
+    except ValueError:
+        return shown.lower() == typed.lower()
+
+
+class _HasSettings(Protocol):
+    @property
+    def settings(self) -> Settings: ...
+
+
+Chosen = TypeVar("Chosen", bound=_HasSettings)
+
+
+def only(several: Sequence[Chosen], conditions: Sequence[str]) -> list[Chosen]:
+    """Those that meet every `KEY=VALUE` or `KEY=VALUE|VALUE`. Raises ConfigError where none does."""
+    kept = list(several)
+    for condition in conditions:
+        key, equals, values = condition.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--only is {condition!r}; write KEY=VALUE, as in --only pruner.sparsity=0.9")
+        told = [{**one.settings, "seed": one.seed} if hasattr(one, "seed") else one.settings for one in kept]
+        full = resolve(key, list(dict.fromkeys(key for settings in told for key in settings)), "--only")
+        wanted = values.split("|")
+        shown = [cell(settings, full) for settings in told]
+        there = list(dict.fromkeys(shown))
+        kept = [one for one, look in zip(kept, shown, strict=True) if any(same_value(look, value) for value in wanted)]
+        if not kept:
+            raise ConfigError(f"--only {key}={values} is in none of these runs; {closest(values, there)}")
+    return kept

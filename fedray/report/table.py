@@ -2,236 +2,552 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from fedray.errors import ConfigError, FedrayError
-from fedray.report.runs import find_runs, manifest_of, markdown, sentence, shown, sized
-from fedray.report.settings import ABSENT, Settings, cell, closest, differing, order, settings_of, short
-from fedray.track.store import read_rows
+from fedray.errors import ConfigError
+from fedray.report.latex import latex
+from fedray.report.paired import Baseline, Difference
+from fedray.report.results import SHOWN, Cost, Group, Result, When, grouped, listed, read_results, rises
+from fedray.report.runs import markdown, sized
+from fedray.report.settings import ABSENT, cell, closest, differing, only, order, resolve, short
+
+Format = Literal["md", "csv", "latex"]
+Bold = Literal["column", "row", "none"]
 
 MEGABYTE = 1e6
-SHOWN = 3
-"""How many unfinished runs an error names."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """One finished run. settings: flattened, without what is ignored.
-
-    values: the last that was recorded, by name of a metric; None if it was not finite.
-    """
-
-    name: str
-    seed: int
-    started: str
-    settings: Settings
-    values: Mapping[str, float | None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """Runs that differ in nothing but their seed."""
-
-    settings: Settings
-    outcomes: Sequence[Outcome]
-
-    def of(self, metric: str) -> list[float]:
-        found = (outcome.values.get(metric) for outcome in self.outcomes)
-        return [value for value in found if value is not None]
-
-
 HEADLINES = ("test/accuracy", "test/mse", "client/accuracy_mean", "client/mse_mean")
 """What a table shows unless it is told: the first of these that a run has."""
+NEVER = "never"
+"""Instead of the number of a setting that reached its target with no seed."""
+_EXTRAS = ("model/sparsity", "client/sparsity_mean", "wire/total_up_bytes", "wire/total_down_bytes", "wire/total_ratio")
 
 
-def table(folder: Path, *, metric: str | None = None, rows: str | None = None, cols: str | None = None) -> str:
-    """Markdown: a line for each setting under `folder`, or with `rows` and `cols` the metric by two settings.
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What a table shows of each group.
 
-    metric: a name of rounds.jsonl, None for the first of HEADLINES; its last recorded value counts, mean +- standard
-    deviation of the sample over seeds.
-    rows, cols: settings, as `pruner.sparsity` or short as `sparsity`. Runs that are not finished, that have no such
-    metric or that repeat a seed are named below. Raises ConfigError.
+    metric:  a name of rounds.jsonl. when: its last value, its best, or what was spent when it first reached `target`,
+             counted in `cost`; target is None for the run's own.
+    rising:  whether more of what is shown is better.
+    """
+
+    metric: str
+    when: When = "final"
+    target: float | None = None
+    cost: Cost = "rounds"
+
+    @property
+    def rising(self) -> bool:
+        return self.when != "target" and rises(self.metric)
+
+    @property
+    def heading(self) -> str:
+        if self.when == "target":
+            unit = "MB" if self.cost == "bytes" else self.cost
+            return f"{unit} to {self.metric} {'target' if self.target is None else f'{self.target:g}'}"
+        return self.metric if self.when == "final" else f"{self.metric} ({self.when})"
+
+    @property
+    def scale(self) -> float:
+        """What the printed number is divided by; csv has it undivided."""
+        return MEGABYTE if self.when == "target" and self.cost == "bytes" else 1.0
+
+    def of(self, group: Group) -> dict[int | None, float]:
+        """The numbers by seed. Raises ConfigError where a run has no target."""
+        return group.at(self.metric, self.when, target=self.target, cost=self.cost)
+
+    def lacks(self, result: Result) -> str | None:
+        """Why a finished run has no number; None if it has one. Raises ConfigError as `of` does."""
+        if result.at(self.metric, self.when, target=self.target, cost=self.cost) is not None:
+            return None
+        if self.metric not in result.metrics:
+            return f"is left out: it has no {self.metric}"
+        return f"is left out: its {'last ' if self.when == 'final' else ''}{self.metric} is not finite"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A cell of a printed table. number: whether it stands to the right; bold: whether it is the best."""
+
+    text: str
+    number: bool = True
+    bold: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """A printed table. title: a line above it, or nothing."""
+
+    header: Sequence[str]
+    lines: Sequence[Sequence[Entry]]
+    title: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One setting and what came of it. state: what became of it where there is no number. runs: finished ones."""
+
+    keys: Mapping[str, str]
+    values: Mapping[int | None, float]
+    state: str = ""
+    runs: int = 0
+    best: bool = False
+    difference: Difference | None = None
+    extras: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tabled:
+    """A table in words: `text` as asked for, and a sentence on each run that is left out and on how numbers are
+    counted, which `text` has too unless it is csv."""
+
+    text: str
+    notes: Sequence[str]
+
+
+def table(
+    folder: Path,
+    *,
+    metric: str | None = None,
+    rows: str | None = None,
+    cols: str | None = None,
+    at: When = "final",
+    target: float | None = None,
+    cost: Cost = "rounds",
+    baseline: str | None = None,
+    confidence: float = 0.95,
+    bold: Bold = "column",
+    chosen: Sequence[str] = (),
+    form: Format = "md",
+) -> str:
+    """The text of `tabled`."""
+    return tabled(
+        read_results(folder),
+        metric=metric,
+        rows=rows,
+        cols=cols,
+        at=at,
+        target=target,
+        cost=cost,
+        baseline=baseline,
+        confidence=confidence,
+        bold=bold,
+        chosen=chosen,
+        form=form,
+        folder=folder,
+    ).text
+
+
+def tabled(
+    results: Sequence[Result],
+    *,
+    metric: str | None = None,
+    rows: str | None = None,
+    cols: str | None = None,
+    at: When = "final",
+    target: float | None = None,
+    cost: Cost = "rounds",
+    baseline: str | None = None,
+    confidence: float = 0.95,
+    bold: Bold = "column",
+    chosen: Sequence[str] = (),
+    form: Format = "md",
+    folder: Path | None = None,
+) -> Tabled:
+    """A line for each setting, or with `rows` and `cols` the metric by settings: mean and standard deviation of the
+    sample over seeds.
+
+    metric: a name of rounds.jsonl, None for the first of HEADLINES; at, target, cost: see `Result.at`.
+    rows, cols: settings with commas between, as `pruner.sparsity` or short as `sparsity`.
+    baseline: settings as `pruner=none`, with commas between: the difference to it by seed, with its t interval of
+    `confidence`. bold: where the best is looked for. chosen: `KEY=VALUE` that a run must have.
+    folder: what errors name. Runs that are not finished, that have no such metric or that repeat a seed are named in
+    the notes. Raises ConfigError.
     """
     if (rows is None) != (cols is None):
         raise ConfigError("--rows and --cols are given together or not at all")
+    if target is not None and at != "target":
+        raise ConfigError(f"--target {target:g} goes with --at target, not with --at {at}")
+    if target is not None and not math.isfinite(target):
+        raise ConfigError(f"--target is {target}; write a number, as in --target 0.9")
+    if not 0 < confidence < 1:
+        raise ConfigError(f"--confidence is {confidence:g}; it must be between 0 and 1, as in --confidence 0.95")
+    results = only(results, chosen)
+    known = {name for result in results for name in result.metrics}
     if metric is None:
-        known = {name for run in find_runs(folder) for name in _recorded(run)}
         metric = next((name for name in HEADLINES if name in known), HEADLINES[0])
-    groups, notes = _groups(folder, metric)
-    text = _lines(groups, metric) if rows is None or cols is None else _pivot(groups, metric, rows, cols)
-    return "\n".join([text, "", "MB = 1e6 bytes." if rows is None else f"{metric} by {rows} and {cols}.", *notes])
-
-
-def _recorded(run: Path) -> set[str]:
-    """The metrics of a run; none where it cannot be read, which is said elsewhere."""
-    try:
-        return {name for row in read_rows(run) for name in row}
-    except (FedrayError, OSError):
-        return set()
-
-
-def _groups(folder: Path, metric: str) -> tuple[list[Group], list[str]]:
-    """The groups, ordered by their settings, and notes on what was left out."""
-    by_settings: dict[str, dict[int, Outcome]] = defaultdict(dict)
-    notes, known, unfinished, unread = [], set(), [], []
-    older_version: dict[str, bool] = {}
-    for run in find_runs(folder):
-        name = shown(run, [folder])
-        try:
-            manifest = manifest_of(run)
-            status = manifest["status"]
-            outcome = _outcome(run, name, manifest) if status == "finished" else None
-        except (FedrayError, OSError) as error:
-            unread.append(str(error))
-            notes.append(f"- {name} is left out: {sentence(error)}")
-            continue
-        if outcome is None:
-            unfinished.append((run, status))
-            notes.append(f"- {name} is left out: {status}.")
-            continue
-        known |= set(outcome.values)
-        if outcome.values.get(metric) is None:
-            why = f"its last {metric} is not finite" if metric in outcome.values else f"it has no {metric}"
-            notes.append(f"- {name} is left out: {why}.")
-            continue
-        older_version[name] = "choices" not in manifest
-        same = by_settings[repr(sorted(outcome.settings.items()))]
-        if outcome.seed in same:
-            older, outcome = sorted((same[outcome.seed], outcome), key=lambda one: one.started)
-            notes.append(f"- {older.name} is left out: {outcome.name} repeats it with the same seed.")
-        same[outcome.seed] = outcome
-    if not by_settings:
-        if metric in known:
-            raise ConfigError(f"--metric {metric} is not finite at the end of any run; choose another")
-        if known:
-            # Those of tests come first, those of single layers last.
-            names = sorted(known, key=lambda one: (one.count("/"), not one.startswith("test/"), one))
-            raise ConfigError(f"--metric {metric} is in no run; {closest(metric, names)}")
-        raise _nothing_finished(folder, unfinished, unread)
-    if 0 < sum(older_version.values()) < len(older_version):
-        names = [name for name, older in older_version.items() if older]
-        notes.append(
-            f"- {_listed(names)} recorded by an older version of fedray, which did not keep the choices of groups; "
-            "lines of theirs may be the same setting as another line."
+    question = Question(metric=metric, when=at, target=target, cost=cost)
+    groups, notes = grouped(results)
+    groups, lacking = _with_numbers(groups, question)
+    notes = [*notes, *lacking]
+    if not groups:
+        raise no_number(results, metric, folder)
+    against = None if baseline is None else Baseline(groups, baseline, question.of, confidence)
+    if rows is None or cols is None:
+        keys = differing([group.settings for group in groups])
+        lines = _lines(groups, keys, question, against)
+        if bold == "column":
+            best = {id(line) for line in _best(lines, question)}
+            lines = [replace(line, best=id(line) in best) for line in lines]
+        sheets = [_line_sheet(lines, keys, question, against)]
+        legend = ["MB = 1e6 bytes."]
+        names = list(keys)
+    else:
+        row_keys, col_keys = rows.split(","), cols.split(",")
+        lines, down, across = _cells(groups, results, row_keys, col_keys, question, against)
+        if bold != "none":
+            picks, kind = (across, col_keys) if bold == "column" else (down, row_keys)
+            parts = [[line for line in lines if _look(line, kind) == pick] for pick in picks]
+            best = {id(line) for part in parts for line in _best(part, question)}
+            lines = [replace(line, best=id(line) in best) for line in lines]
+        sheets = _pivot_sheets(lines, down, across, row_keys, col_keys, question, against)
+        legend = [f"{question.heading} by {rows} and {cols}."]
+        names = [*row_keys, *col_keys]
+    notes = [*([] if against is None else against.notes), *notes]
+    if any(line.state == ABSENT for line in lines):
+        legend.append(f"{ABSENT} is a cell without a run.")
+    if at == "best":
+        legend.append(f"The best of all evaluated rounds is shown: it is chosen by {metric} itself.")
+    if against is not None:
+        legend.append(
+            f"Differences are paired by seed, to {baseline}, with {confidence * 100:g} % t intervals; none is "
+            "corrected for the number of comparisons."
         )
-    groups = [Group(settings=next(iter(s.values())).settings, outcomes=list(s.values())) for s in by_settings.values()]
-    keys = differing([group.settings for group in groups])
-    return sorted(groups, key=lambda group: [order(group.settings.get(key)) for key in keys]), notes
+    if form == "csv":
+        return Tabled(text=_csv(lines, names, question, against), notes=[*legend, *notes])
+    if form == "latex":
+        return Tabled(text=_latex(sheets, [*legend, *notes]), notes=[*legend, *notes])
+    blocks = [block for sheet in sheets for block in ([sheet.title] if sheet.title else []) + [_markdown(sheet)]]
+    said = [" ".join(legend), *(f"- {note}" for note in notes)]
+    return Tabled(text="\n\n".join([*blocks, "\n".join(said)]), notes=[*legend, *notes])
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{', '.join(names[:SHOWN])}{more} {'was' if len(names) == 1 else 'were'}"
+def _with_numbers(groups: Sequence[Group], question: Question) -> tuple[list[Group], list[str]]:
+    """The groups without the runs that have no number, and why; a run that misses its target stays."""
+    found, notes, missed = [], [], []
+    for group in groups:
+        kept = []
+        for result in group.results:
+            why = question.lacks(result)
+            if why is not None and question.when == "target" and question.metric in result.metrics:
+                missed.append(result.name)
+            elif why is not None:
+                notes.append(f"{result.name} {why}.")
+                continue
+            kept.append(result)
+        if kept:
+            found.append(replace(group, results=kept))
+    if missed:
+        does = listed(missed, "does not reach its target and is", "do not reach their target and are")
+        notes.append(f"{does} not in a mean.")
+    return found, notes
 
 
-def _nothing_finished(folder: Path, unfinished: Sequence[tuple[Path, str]], unread: Sequence[str]) -> ConfigError:
+def no_number(results: Sequence[Result], metric: str, folder: Path | None) -> ConfigError:
+    """Why no run has a number."""
+    where = "what was given" if folder is None else f"'{folder}'"
+    finished = [result for result in results if result.status == "finished"]
+    known = {name for result in finished for name in result.metrics}
+    if metric in known:
+        return ConfigError(f"--metric {metric} is not finite at the end of any run; choose another")
+    if known:
+        # Those of tests come first, those of single layers last.
+        names = sorted(known, key=lambda one: (one.count("/"), not one.startswith("test/"), one))
+        return ConfigError(f"--metric {metric} is in no run; {closest(metric, names)}")
+    unfinished = [result for result in results if result.status not in ("finished", "unreadable")]
     if not unfinished:
+        unread = next((result.error for result in results if result.status == "unreadable"), None)
         return ConfigError(
-            f"'{folder}' holds no run that can be read: {unread[0]}"
-            if unread
-            else f"'{folder}' holds no finished run with a metric; run it for at least one round"
+            f"{where} holds no finished run with a metric; run it for at least one round"
+            if unread is None
+            else f"{where} holds no run that can be read: {unread}"
         )
-    found = [f"'{run}' is {status}" for run, status in unfinished[:SHOWN]]
+    said = [f"'{run.folder}' is {run.status}{f': {run.error}' if run.error else ''}" for run in unfinished[:SHOWN]]
     more = f" and {len(unfinished) - SHOWN} more" if len(unfinished) > SHOWN else ""
-    wait = "wait for it, or if it was cut off " if unfinished[0][1] == "running" else ""
-    return ConfigError(
-        f"'{folder}' holds no finished run: {', '.join(found)}{more}; {wait}go on with fedray resume {unfinished[0][0]}"
-    )
+    text = f"{where} holds no finished run: {', '.join(said)}{more}"
+    first = next((result for result in unfinished if result.manifest), None)
+    if first is None:
+        return ConfigError(f"{text.rstrip('.')}; run the sweep's command again")
+    wait = "wait for it, or if it was cut off " if first.status == "running" else ""
+    return ConfigError(f"{text.rstrip('.')}; {wait}go on with fedray resume {first.folder}")
 
 
-def _outcome(run: Path, name: str, manifest: Mapping[str, Any]) -> Outcome:
-    values: dict[str, float | None] = {}
-    for row in read_rows(run):
-        values |= {key: value for key, value in row.items() if isinstance(value, int | float | None) and key != "round"}
-    return Outcome(
-        name=name,
-        seed=manifest["config"]["seed"],
-        started=manifest.get("started", ""),
-        settings=settings_of(manifest),
-        values=values,
-    )
+# -- numbers ---------------------------------------------------------------------------------------------------------
 
 
-# -- tables ----------------------------------------------------------------------------------------------------------
+def _lines(groups: Sequence[Group], keys: Sequence[str], question: Question, against: Baseline | None) -> list[Line]:
+    return [
+        Line(
+            keys={key: cell(group.settings, key) for key in keys},
+            values=(values := question.of(group)),
+            state="" if values else NEVER,
+            runs=len(group.results),
+            difference=None if against is None else against.difference(group),
+            extras={name: list(group.at(name).values()) for name in _EXTRAS},
+        )
+        for group in groups
+    ]
 
 
-def _lines(groups: Sequence[Group], metric: str) -> str:
-    keys = differing([group.settings for group in groups])
+def _cells(
+    groups: Sequence[Group],
+    results: Sequence[Result],
+    row_keys: Sequence[str],
+    col_keys: Sequence[str],
+    question: Question,
+    against: Baseline | None,
+) -> tuple[list[Line], list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """A line for each cell, row by row, and the looks of the rows and of the columns in their order."""
+    typed = [*row_keys, *col_keys]
+    if len(set(typed)) < len(typed):
+        raise ConfigError(f"--rows {','.join(row_keys)} and --cols {','.join(col_keys)} name a setting twice")
+    pieces = [(group, group) for group in groups]
+    if "seed" in typed:
+        pieces = [(_of_seed(group, at), group) for group in groups for at in range(len(group.results))]
+    known = list(dict.fromkeys(key for piece, _ in pieces for key in piece.settings))
+    full = {key: resolve(key, known, "--rows" if key in row_keys else "--cols") for key in typed}
+
+    def look(settings: Mapping[str, object], keys: Sequence[str]) -> tuple[str, ...]:
+        return tuple(cell(settings, full[key]) for key in keys)
+
+    found: dict[tuple[tuple[str, ...], tuple[str, ...]], list[tuple[Group, Group]]] = defaultdict(list)
+    for piece, group in pieces:
+        found[look(piece.settings, row_keys), look(piece.settings, col_keys)].append((piece, group))
+    for (at, to), several in found.items():
+        if len(several) > 1:
+            where = ", ".join(f"{key}={value}" for key, value in zip(typed, (*at, *to), strict=True))
+            raise ConfigError(
+                f"the cell {where} has {len(several)} settings, which differ in "
+                f"{', '.join(differing([piece.settings for piece, _ in several]))}; add one to --rows or --cols, "
+                "choose with --only KEY=VALUE, or leave out --rows and --cols"
+            )
+    states: dict[tuple[tuple[str, ...], tuple[str, ...]], str] = {}
+    settings = [dict(piece.settings) for piece, _ in pieces]
+    for result in results:
+        told = {**result.settings, "seed": result.seed}
+        whole = bool(result.manifest) or all(full[key] in told for key in typed)
+        if result.status in ("finished", "unreadable") or not whole:
+            continue  # of a cell without a run only its overrides are known
+        states.setdefault((look(told, row_keys), look(told, col_keys)), result.status)
+        settings.append(told)
+
+    def looks_in_order(keys: Sequence[str]) -> list[tuple[str, ...]]:
+        rank = {look(one, keys): [order(one.get(full[key])) for key in keys] for one in settings}
+        return sorted(rank, key=rank.__getitem__)
+
+    down, across = looks_in_order(row_keys), looks_in_order(col_keys)
+    lines = []
+    for at in down:
+        for to in across:
+            looks = dict(zip(typed, (*at, *to), strict=True))
+            if (at, to) not in found:
+                lines.append(Line(keys=looks, values={}, state=states.get((at, to), ABSENT)))
+                continue
+            ((piece, group),) = found[at, to]
+            values = question.of(piece)
+            difference = None if against is None else against.difference(group, seeds=piece.seeds)
+            state, runs = "" if values else NEVER, len(piece.results)
+            lines.append(Line(keys=looks, values=values, state=state, runs=runs, difference=difference))
+    return lines, down, across
+
+
+def _of_seed(group: Group, at: int) -> Group:
+    result = group.results[at]
+    return Group(settings={**group.settings, "seed": result.seed}, results=[result])
+
+
+def _look(line: Line, keys: Sequence[str]) -> tuple[str, ...]:
+    return tuple(line.keys[key] for key in keys)
+
+
+def _best(lines: Sequence[Line], question: Question) -> list[Line]:
+    """The best of them, all that are equal; none where there are no two to compare.
+
+    A mean over only those seeds that reached a target is no match for one over all.
+    """
+    full = [line for line in lines if line.values and (question.when != "target" or len(line.values) == line.runs)]
+    means = [statistics.fmean(line.values.values()) for line in full]
+    if len(means) < 2:
+        return []
+    best = max(means) if question.rising else min(means)
+    return [line for line, mean in zip(full, means, strict=True) if mean == best]
+
+
+# -- sheets ----------------------------------------------------------------------------------------------------------
+
+
+def _line_sheet(lines: Sequence[Line], keys: Sequence[str], question: Question, against: Baseline | None) -> Sheet:
     names = short(keys)
     columns: list[tuple[str, str, Callable[[Sequence[float]], str]]] = [
         ("sparsity at the end", "model/sparsity", lambda found: f"{statistics.fmean(found):.4f}"),
+        ("clients' sparsity", "client/sparsity_mean", lambda found: f"{statistics.fmean(found):.4f}"),
         ("MB up", "wire/total_up_bytes", _megabytes),
         ("MB down", "wire/total_down_bytes", _megabytes),
         ("dense / sent", "wire/total_ratio", lambda found: f"{statistics.fmean(found):,.2f}"),
     ]
-    columns = [column for column in columns if any(group.of(column[1]) for group in groups)]
-    lines = [
-        [
-            *(cell(group.settings, key) for key in keys),
-            str(len(group.outcomes)),
-            _spread(group.of(metric)),
-            *(form(found) if (found := group.of(name)) else ABSENT for _, name, form in columns),
-        ]
-        for group in groups
+    columns = [column for column in columns if any(line.extras[column[1]] for line in lines)]
+    # Clients mostly have the masks of the model; the column is for those that have their own.
+    own = any(line.extras["client/sparsity_mean"] and not any(line.extras["model/sparsity"]) for line in lines)
+    columns = [column for column in columns if own or column[1] != "client/sparsity_mean"]
+    compared = [] if against is None else [f"difference to {against.text}"]
+    return Sheet(
+        header=[
+            *(names[key] for key in keys),
+            "seeds",
+            question.heading,
+            *compared,
+            *(column[0] for column in columns),
+        ],
+        lines=[
+            [
+                *(Entry(text=line.keys[key], number=False) for key in keys),
+                Entry(text=str(len(line.values))),
+                Entry(text=spread(line.values.values(), question.scale) if line.values else line.state, bold=line.best),
+                *(Entry(text=_difference(line.difference, question)) for _ in compared),
+                *(Entry(text=form(found) if (found := line.extras[name]) else ABSENT) for _, name, form in columns),
+            ]
+            for line in lines
+        ],
+    )
+
+
+def _pivot_sheets(
+    lines: Sequence[Line],
+    down: Sequence[tuple[str, ...]],
+    across: Sequence[tuple[str, ...]],
+    row_keys: Sequence[str],
+    col_keys: Sequence[str],
+    question: Question,
+    against: Baseline | None,
+) -> list[Sheet]:
+    by_look = {(_look(line, row_keys), _look(line, col_keys)): line for line in lines}
+    counts = [len(line.values) for line in lines if line.values]
+    usual = max(set(counts), key=lambda count: (counts.count(count), count))
+
+    def shown(line: Line) -> str:
+        if not line.values:
+            return line.state or ABSENT
+        text = spread(line.values.values(), question.scale)
+        return text if len(line.values) == usual else f"{text} (n={len(line.values)})"
+
+    header = [*row_keys[:-1], f"{row_keys[-1]} \\ {','.join(col_keys)}", *(", ".join(to) for to in across)]
+
+    def sheet(text: Callable[[Line], str], *, title: str = "", bold: bool = True) -> Sheet:
+        return Sheet(
+            title=title,
+            header=header,
+            lines=[
+                [
+                    *(Entry(text=name, number=False) for name in at),
+                    *(Entry(text=text(line), bold=line.best and bold) for to in across for line in [by_look[at, to]]),
+                ]
+                for at in down
+            ],
+        )
+
+    sheets = [sheet(shown)]
+    if against is not None:
+        title = f"Difference to {against.text}:"
+        sheets.append(sheet(lambda line: _difference(line.difference, question), title=title, bold=False))
+    return sheets
+
+
+def _markdown(sheet: Sheet) -> str:
+    lines = [[f"**{entry.text}**" if entry.bold else entry.text for entry in line] for line in sheet.lines]
+    words = sum(not entry.number for entry in sheet.lines[0])
+    return markdown(list(sheet.header), lines, text=words)
+
+
+def _latex(sheets: Sequence[Sheet], notes: Sequence[str]) -> str:
+    parts = [
+        latex(
+            sheet.header,
+            [[(entry.text, entry.bold) for entry in line] for line in sheet.lines],
+            text=sum(not entry.number for entry in sheet.lines[0]),
+            title=sheet.title,
+        )
+        for sheet in sheets
     ]
-    return markdown([*(names[k] for k in keys), "seeds", metric, *(c[0] for c in columns)], lines, text=len(keys))
+    said = [f"% {' '.join(note.split())}" for note in ["Needs \\usepackage{booktabs}.", *notes]]
+    return "\n".join([*said, "\n\n".join(parts)])
 
 
-def _pivot(groups: Sequence[Group], metric: str, rows: str, cols: str) -> str:
-    if "seed" in (rows, cols):
-        groups = [
-            Group(settings={**group.settings, "seed": outcome.seed}, outcomes=[outcome])
-            for group in groups
-            for outcome in group.outcomes
-        ]
-    keys = list(dict.fromkeys(key for group in groups for key in group.settings))
-    row, col = (_resolve(key, keys, option) for key, option in ((rows, "--rows"), (cols, "--cols")))
-    cells: dict[tuple[str, str], list[Group]] = defaultdict(list)
-    for group in groups:
-        cells[cell(group.settings, row), cell(group.settings, col)].append(group)
-    for (at, across), several in cells.items():
-        if len(several) > 1:
-            raise ConfigError(
-                f"the cell {rows}={at}, {cols}={across} has {len(several)} settings, which differ in "
-                f"{', '.join(differing([group.settings for group in several]))}; give the folder of fewer runs, or "
-                "leave out --rows and --cols"
-            )
-    down = [cell(g.settings, row) for g in sorted(groups, key=lambda g: order(g.settings.get(row)))]
-    across_ = [cell(g.settings, col) for g in sorted(groups, key=lambda g: order(g.settings.get(col)))]
-    lines = [
-        [at, *(_spread(cells[at, to][0].of(metric)) if (at, to) in cells else ABSENT for to in dict.fromkeys(across_))]
-        for at in dict.fromkeys(down)
-    ]
-    return markdown([f"{rows} \\ {cols}", *dict.fromkeys(across_)], lines)
+def _csv(lines: Sequence[Line], names: Sequence[str], question: Question, against: Baseline | None) -> str:
+    """A line for each cell, in full precision: `repr` of a float, read back as the same bits."""
+    extras = [name for name in _EXTRAS if any(line.extras.get(name) for line in lines)]
+    header = [*names, "metric", "at", "n", "mean", "std", "best", "state", "seeds", "values"]
+    if question.when == "target":
+        header[len(names) + 2 : len(names) + 2] = ["target", "cost"]
+    header += [f"{name} {what}" for name in extras for what in ("mean", "std")]
+    if against is not None:
+        header += ["baseline", "pairs", "difference", "low", "high"]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(header)
+    for line in lines:
+        values = list(line.values.values())
+        row: list[object] = [*line.keys.values(), question.metric, question.when]
+        if question.when == "target":
+            row += ["" if question.target is None else question.target, question.cost]
+        state = "" if values else "missing" if line.state in ("", ABSENT) else line.state
+        row += [len(values), *_moments(values), int(line.best), state]
+        row += [" ".join(str(seed) for seed in line.values), " ".join(repr(value) for value in values)]
+        row += [moment for name in extras for moment in _moments(line.extras.get(name, ()))]
+        if against is not None:
+            found = line.difference
+            empty = found is None or not found.pairs
+            row += [against.text]
+            row += ["", "", "", ""] if found is None or empty else [found.pairs, found.mean, found.low, found.high]
+        writer.writerow(["" if one is None else one for one in row])
+    return out.getvalue().rstrip("\n")
 
 
-def _resolve(key: str, keys: Sequence[str], option: str) -> str:
-    """A setting from its full or short name."""
-    found = [key] if key in keys else [known for known in keys if known.endswith(f".{key}")]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ConfigError(f"{option} {key} may be {' or '.join(found)}; write one of them in full")
-    raise ConfigError(f"{option} {key} is not a setting of these runs; {closest(key, keys)}")
+def _moments(values: Sequence[float]) -> tuple[float | None, float | None]:
+    return (statistics.fmean(values) if values else None, statistics.stdev(values) if len(values) > 1 else None)
 
 
-def _spread(values: Sequence[float]) -> str:
+# -- text ------------------------------------------------------------------------------------------------------------
+
+
+def spread(values: Iterable[float], scale: float = 1.0) -> str:
     """Mean and standard deviation of the sample, which one value does not have, with decimals that suit the mean."""
-    mean = statistics.fmean(values)
-    if all(isinstance(value, int) for value in values) and len(set(values)) == 1:
-        decimals = 0  # a count
-    elif abs(mean) < 10:
-        decimals = 4 if mean == 0 or abs(mean) >= 0.001 else 3 - math.floor(math.log10(abs(mean)))
-    else:
-        decimals = 2 if abs(mean) < 1000 else 0
-    deviation = f"{statistics.stdev(values):,.{decimals}f}" if len(values) > 1 else ABSENT
+    numbers = [value / scale if scale != 1.0 else value for value in values]
+    mean = statistics.fmean(numbers)
+    decimals = _decimals(numbers, mean)
+    deviation = f"{statistics.stdev(numbers):,.{decimals}f}" if len(numbers) > 1 else ABSENT
     return f"{mean:,.{decimals}f} ± {deviation}"
+
+
+def _decimals(values: Sequence[float], mean: float) -> int:
+    if all(isinstance(value, int) for value in values) and len(set(values)) == 1:
+        return 0  # a count
+    if abs(mean) < 10:
+        return 4 if mean == 0 or abs(mean) >= 0.001 else 3 - math.floor(math.log10(abs(mean)))
+    return 2 if abs(mean) < 1000 else 0
+
+
+def _difference(found: Difference | None, question: Question) -> str:
+    """`+0.0123 [+0.0051, +0.0195] (n=3)`, with the decimals of the values that were compared."""
+    if found is None:
+        return ABSENT
+    if found.itself:
+        return "baseline"
+    if not found.pairs or found.mean is None:
+        return ABSENT
+    decimals = max(_decimals([value / question.scale], value / question.scale) for value in found.compared)
+    text = f"{found.mean / question.scale:+,.{decimals}f}"
+    if found.low is not None and found.high is not None:
+        low, high = found.low / question.scale, found.high / question.scale
+        text += f" [{low:+,.{decimals}f}, {high:+,.{decimals}f}]"
+    return f"{text} (n={found.pairs})"
 
 
 def _megabytes(values: Sequence[float]) -> str:

@@ -1,6 +1,8 @@
 """Run directories made by hand, and the cells of a Markdown table."""
 
 import argparse
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +10,9 @@ import pytest
 from fedray.errors import ConfigError
 from fedray.report.commands import reprice_command, table_command
 from fedray.track.store import Store
+
+# Helpers beside the tests are imported by their own names.
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,13 +67,13 @@ def write_run(folder, *, down, up, clients=2, rounds=3, flops=0.0, status="finis
 
 
 def tables(text):
-    """Every Markdown table in a text: a list of rows, each a dict by column."""
+    """Every Markdown table in a text: a list of rows, each a dict by column, without the stars of what is bold."""
     found, header = [], None
     for line in text.splitlines():
         if not line.startswith("|"):
             header = None
             continue
-        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        cells = [cell.strip().strip("*") for cell in line.strip("|").split(" | ")]
         if header is None:
             header = cells
             found.append([])
@@ -104,5 +109,5 @@ def report(capsys):
 
     return SimpleNamespace(
         reprice=reprice, table=table, profiles=profiles, nodes=nodes, used=used,
-        write=write_run, part=part, frame=frame, tables=tables,
+        write=write_run, part=part, frame=frame, tables=tables, parser=Parser,
     )  # fmt: skip

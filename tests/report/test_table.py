@@ -159,7 +159,7 @@ def test_rows_and_columns_are_two_settings(cell, report, tmp_path):
     assert list(found["FedDST"])[1:] == ["-", "0.5", "0.9"]
     assert found["FedDST"]["0.9"] == "0.7000 ± 0.0141"
     assert found["Magnitude"]["0.5"].startswith("0.5600")
-    assert found["NoPruning"]["-"] == "0.9500 ± -"
+    assert found["NoPruning"]["-"] == "0.9500 ± - (n=1)"
     assert found["NoPruning"]["0.5"] == "-"
 
 
