@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from fedray.launch import Run
+    from fedray.sweep.plan import Command
+    from fedray.sweep.run import Options, Request
+    from fedray.sweep.saved import Expansion, Saved
 
 NOUNS = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}
 EXIT_CONFIG = 2
@@ -74,10 +77,11 @@ def _compose(overrides: Sequence[str], config_dir: str | Path | None) -> tuple[D
     from hydra import compose, initialize_config_dir
     from omegaconf import open_dict
 
-    from fedray.config import conf_folder, register
+    from fedray.config import conf_folder, register, search
 
+    _refuse_saved_sweep(overrides)
     register()
-    added = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir is not None else []
+    added = [search(Path(config_dir))] if config_dir is not None else []
     _make_importable(config_dir)
     try:
         with initialize_config_dir(conf_folder(), version_base="1.3"):
@@ -100,6 +104,7 @@ def _hydra(arguments: list[str]) -> None:
     from fedray.launch import Interrupted
 
     register()
+    arguments = _with_saved_sweep(arguments)
     # Hydra prints a traceback and exits with 1 unless it is told to let errors through.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     program = sys.argv[0]
@@ -125,12 +130,15 @@ def _hydra(arguments: list[str]) -> None:
         hydra.main(version_base="1.3", config_path=conf_folder(), config_name="config")(job)()
     except _Leave as leaving:
         raise leaving.error from None
+    except FedrayError:
+        raise
     except (HydraException, OmegaConfBaseException) as error:
         raise _composition_error(error, arguments) from error
     except OSError as error:
         if started:
             raise
-        raise ConfigError(f"hydra.run.dir cannot be made ({error}); name a folder that can be written to") from error
+        key = "hydra.sweep.dir" if {"-m", "--multirun"} & set(arguments) else "hydra.run.dir"
+        raise ConfigError(f"{key} cannot be made ({error}); name a folder that can be written to") from error
     except ValueError as error:
         if started:
             raise
@@ -142,6 +150,68 @@ def _hydra(arguments: list[str]) -> None:
         _say(failure, EXIT_RUN)
     if failures:
         raise failures[-1]
+
+
+class Composer:
+    """In place of Hydra's loader of configurations: each cell of a sweep is composed once, and one that cannot be is
+    kept as its error."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+        self._made: dict[tuple[str, ...], Request] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: Sequence[str]) -> None:
+        """Compose a cell; `request` has the result."""
+        self.request(master_config, sweep_overrides)
+
+    def request(self, master_config: DictConfig, overrides: Sequence[str]) -> Request:
+        """The cell of these overrides, composed and resolved."""
+        from hydra.core.hydra_config import HydraConfig
+        from omegaconf import open_dict
+
+        from fedray.config import resolved
+        from fedray.sweep.run import Request
+
+        key = tuple(overrides)
+        if key in self._made:
+            return self._made[key]
+        try:
+            cfg = self._loader.load_sweep_config(master_config, list(overrides))
+            with open_dict(cfg):
+                cfg.hydra.job.id = cfg.hydra.job.num = len(self._made)
+            HydraConfig.instance().set_config(cfg)
+            choices = {str(group): str(choice) for group, choice in cfg.hydra.runtime.choices.items()}
+            with open_dict(cfg):
+                del cfg["hydra"]
+            made = Request(overrides=key, config=resolved(cfg), choices=choices)
+        except ConfigError as error:
+            made = Request(overrides=key, config=None, error=error)
+        except Exception as error:
+            made = Request(overrides=key, config=None, error=_composition_error(error, overrides))
+        finally:
+            HydraConfig.instance().set_config(master_config)
+        self._made[key] = made
+        return made
+
+
+def launch_cells(
+    composer: Composer, master_config: DictConfig, cells: Sequence[Sequence[str]], options: Options
+) -> list[Any]:
+    """What the launcher does with the cells of a sweep; Hydra's return values. Raises as `run_sweep` does."""
+    from hydra.core.utils import JobReturn, JobStatus
+
+    from fedray.sweep.run import run_sweep
+
+    sources = master_config.hydra.runtime.config_sources
+    code_folder = next((source.path for source in sources if source.provider == "command-line"), None)
+    _make_importable(code_folder)
+    requests = [composer.request(master_config, overrides) for overrides in cells]
+    folder = Path(str(master_config.hydra.sweep.dir)).resolve()
+    run_sweep(requests, folder=folder, options=options, code_folder=code_folder)
+    return [JobReturn(overrides=list(one), status=JobStatus.COMPLETED, _return_value=None) for one in cells]
 
 
 class _Leave(BaseException):
@@ -191,6 +261,158 @@ VALUE_OPTIONS = (
     "--cfg", "-c", "--config-dir", "-cd", "--config-name", "-cn",
     "--config-path", "-cp", "--package", "-p", "--info", "-i",
 )  # fmt: skip
+
+
+# -- saved sweeps ----------------------------------------------------------------------------------------------------
+
+SAVED_SWEEP = re.compile(r"\+{0,2}sweep=(.*)")
+
+
+def _with_saved_sweep(arguments: list[str]) -> list[str]:
+    """`+sweep=NAME` as what Hydra understands: the sweeper that reads its file, and the other overrides for it.
+
+    The sweeper gets them as one list, because the cells decide what an override means: pruner.sparsity=0.9 is none of
+    the configuration before a cell has chosen its pruner.
+    """
+    from fedray.sweep.saved import override
+
+    options = _options_first(arguments)
+    overrides = [text for text in options if text.startswith("~") or (not text.startswith("-") and "=" in text)]
+    names = [found[1] for found in map(SAVED_SWEEP.fullmatch, overrides) if found]
+    if not names:
+        return arguments
+    if not {"-m", "--multirun"} & set(options):
+        _refuse_saved_sweep(overrides)
+    if {"--cfg", "-c"} & {text.split("=", 1)[0] for text in options}:
+        raise ConfigError(f"--cfg prints one configuration and +sweep={names[0]} is many: fedray plan lists them")
+    file = _saved_file(names, _config_dir(options))
+    given = [text for text in overrides if not SAVED_SWEEP.fullmatch(text)]
+    ours = [text for text in given if not text.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    name = [text for text in _merged(file, ours) if text.startswith("name=")]
+    handed = {"file": str(file), "given": ours, "command": list(arguments)}
+    added = ["hydra/sweeper=fedray", *(override(f"hydra.sweeper.{key}", value) for key, value in handed.items())]
+    kept = [text for text in options if text not in overrides]
+    return [*kept, *added, *name[-1:], *(text for text in given if text not in ours)]
+
+
+def _refuse_saved_sweep(overrides: Sequence[str]) -> None:
+    for found in filter(None, map(SAVED_SWEEP.fullmatch, overrides)):
+        raise ConfigError(
+            f"+sweep={found[1]} is many runs; python -m fedray -m +sweep={found[1]} runs them, and fedray plan "
+            f"+sweep={found[1]} lists them"
+        )
+
+
+def _config_dir(options: Sequence[str]) -> str | None:
+    """The value of --config-dir."""
+    for option, after in zip(options, [*options[1:], ""], strict=True):
+        name, _, value = option.partition("=")
+        if name in ("--config-dir", "-cd"):
+            return value or after
+    return None
+
+
+def _saved_file(names: Sequence[str], config_dir: str | None) -> Path:
+    """The file of a saved sweep: fedray's, or one in the folder sweep/ of --config-dir. Raises ConfigError."""
+    from fedray.config import conf_folder
+
+    folders = [Path(conf_folder()) / "sweep", *([] if config_dir is None else [Path(config_dir).resolve() / "sweep"])]
+    files = {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+    if len(names) > 1:
+        raise ConfigError(f"sweep is given {len(names)} times; one command runs one saved sweep")
+    if names[0] not in files:
+        raise ConfigError(f"sweep={names[0]} does not exist; {_choice(names[0], list(files)).split(';')[0]}")
+    return files[names[0]]
+
+
+def _saved(file: Path) -> Saved:
+    """Read a saved sweep. Unless its base sets a name it has its file's, so that its runs are in outputs/NAME/sweep."""
+    from omegaconf import OmegaConf
+
+    from fedray.sweep.saved import override, read_saved
+
+    try:
+        node: Any = OmegaConf.to_container(OmegaConf.load(file))
+    except Exception as error:  # of the reader of YAML, of OmegaConf, of the disk
+        raise ConfigError(f"{file} cannot be read ({' '.join(str(error).split())})") from error
+    saved = read_saved(file.stem, node)
+    if any(text.startswith("name=") for text in saved.base):
+        return saved
+    return dataclasses.replace(saved, base=(*saved.base, override("name", file.stem)))
+
+
+def _merged(file: Path, given: Sequence[str]) -> list[str]:
+    from fedray.sweep.saved import merged
+
+    return merged(_saved(file).base, given)
+
+
+def expand_arguments(given: Sequence[str], file: str | Path | None, loader: Any) -> Expansion:
+    """The cells of a command. given: its overrides, several values and all. file: of a saved sweep; None without.
+
+    loader: Hydra's, which knows the choices of a group for glob(*). Raises ConfigError.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Transformer
+    from hydra.errors import HydraException
+
+    from fedray.sweep.saved import Given, expand, plain_product
+
+    texts = list(given) if file is None else _merged(Path(file), given)
+    found: dict[str, Given] = {}
+    try:
+        for one in OverridesParser.create(config_loader=loader).parse_overrides(texts):
+            if one.is_interval_sweep():
+                raise ConfigError(
+                    f"{one.input_line} is a range without steps; write values, or range(start,stop,step), or draw from "
+                    "it in a saved sweep"
+                )
+            many = one.is_sweep_override()
+            values: list[Any] = list(one.sweep_iterator(Transformer.identity)) if many else [one.value()]
+            shown = [Transformer.str(value) for value in values] if many else [one.get_value_element_as_str()]
+            plain = tuple(getattr(value, "text", value) for value in values)
+            key = one.get_key_element()
+            found[key] = Given(key=key, values=plain, texts=tuple(shown))
+    except HydraException as error:
+        raise _composition_error(error, texts) from error
+    return expand(plain_product() if file is None else _saved(Path(file)), list(found.values()))
+
+
+def _composed_sweep(overrides: Sequence[str], config_dir: str | None) -> Command:
+    """The cells of a command as the launcher would get them; nothing is started. Raises ConfigError."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    from fedray.config import conf_folder, register
+    from fedray.sweep.plan import Command
+    from fedray.sweep.saved import override
+
+    register()
+    _make_importable(config_dir)
+    names = [found[1] for found in map(SAVED_SWEEP.fullmatch, overrides) if found]
+    file = _saved_file(names, config_dir) if names else None
+    given = [text for text in overrides if not SAVED_SWEEP.fullmatch(text)]
+    hydras = [text for text in given if text.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    ours = [text for text in given if text not in hydras]
+    if config_dir is not None:
+        hydras.append(f"hydra.searchpath=[file://{Path(config_dir).resolve()}]")
+    with initialize_config_dir(conf_folder(), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+
+        def master(*named: str) -> DictConfig:
+            try:
+                return loader.load_configuration("config", [*hydras, *named], run_mode=RunMode.MULTIRUN)
+            except Exception as error:
+                raise _composition_error(error, hydras) from error
+
+        expansion = expand_arguments(ours, file, loader)
+        composer, plain = Composer(loader), master()
+        requests = [composer.request(plain, cell) for cell in expansion.cells]
+        name = next((str(request.config["name"]) for request in requests if request.config is not None), "run")
+        folder = Path(str(master(override("name", name)).hydra.sweep.dir)).resolve()
+    code_folder = None if config_dir is None else str(Path(config_dir).resolve())
+    return Command(requests=requests, folder=folder, dropped=expansion.dropped, code_folder=code_folder)
 
 
 def _job(cfg: DictConfig) -> None:
@@ -285,6 +507,7 @@ def _unknown_key(key: str, text: str, overrides: Sequence[str]) -> str:
     import difflib
 
     from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
     from fedray.config import conf_folder
@@ -296,7 +519,9 @@ def _unknown_key(key: str, text: str, overrides: Sequence[str]) -> str:
     ]
     kept = [o for o in kept if "," not in o.split("=", 1)[1] or "[" in o]
     names: list[str] = []
-    with contextlib.suppress(Exception), initialize_config_dir(conf_folder(), version_base="1.3"):
+    with contextlib.suppress(Exception), contextlib.ExitStack() as stack:
+        if not GlobalHydra.instance().is_initialized():  # a sweep is in the middle of its cells
+            stack.enter_context(initialize_config_dir(conf_folder(), version_base="1.3"))
         cfg = compose("config", overrides=kept)
         parent = OmegaConf.select(cfg, key.rsplit(".", 1)[0]) if "." in key else cfg
         names = [str(name) for name in parent if not str(name).startswith("_")]
@@ -415,6 +640,24 @@ def _table(arguments: list[str]) -> None:
     table_command(arguments, parser=_Parser)
 
 
+def _report(arguments: list[str]) -> None:
+    from fedray.report.html import report_command
+
+    report_command(arguments, parser=_Parser)
+
+
+def _runs(arguments: list[str]) -> None:
+    from fedray.report.listing import runs_command
+
+    runs_command(arguments, parser=_Parser)
+
+
+def _plot(arguments: list[str]) -> None:
+    from fedray.report.plot import plot_command
+
+    plot_command(arguments, parser=_Parser)
+
+
 def _partition(arguments: list[str]) -> None:
     from fedray.report.partition import Dealt, partition_command
 
@@ -429,6 +672,30 @@ def _partition(arguments: list[str]) -> None:
     partition_command(arguments, parser=_Parser, deal=deal)
 
 
+def _wandb(arguments: list[str]) -> None:
+    from fedray.report.wandb import wandb_command
+
+    wandb_command(arguments, parser=_Parser)
+
+
+def _plan(arguments: list[str]) -> None:
+    from fedray.sweep.plan import plan_command
+
+    plan_command(arguments, parser=_Parser, composed=_composed_sweep)
+
+
+def _up(arguments: list[str]) -> None:
+    from fedray.sim.warm import up_command
+
+    up_command(arguments, parser=_Parser)
+
+
+def _down(arguments: list[str]) -> None:
+    from fedray.sim.warm import down_command
+
+    down_command(arguments, parser=_Parser)
+
+
 def _check(arguments: list[str]) -> None:
     from fedray.testing.command import check_command
 
@@ -437,9 +704,16 @@ def _check(arguments: list[str]) -> None:
 
 COMMANDS = {
     "check": _check,
+    "down": _down,
     "export": _export,
     "partition": _partition,
+    "plan": _plan,
+    "plot": _plot,
+    "report": _report,
     "reprice": _reprice,
     "resume": _resume,
+    "runs": _runs,
     "table": _table,
+    "up": _up,
+    "wandb": _wandb,
 }

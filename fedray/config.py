@@ -15,9 +15,10 @@ import json
 import logging
 import math
 import re
+import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
@@ -40,11 +42,10 @@ from fedray.errors import ConfigError
 from fedray.keys import Key
 from fedray.models import Scope, Task, pretrained
 from fedray.models.normalisation import NO_BATCH_NORM, group_normed, norm_layers
-from fedray.models.structure import find_structure
-from fedray.models.task import OBJECTIVES, kinds, prunable_names, trainable
+from fedray.models.task import OBJECTIVES, kinds, layouts, prunable_names, trainable
 from fedray.personal import FedBN, StaticNorm
 from fedray.round import FieldError, Optim, Policy
-from fedray.sim.client import codec_of, cuts_units, has_global_model
+from fedray.sim.client import codec_of, cuts_units, has_global_model, kept_names, structure_of
 from fedray.sim.goals import Goals
 from fedray.sim.population import Population
 from fedray.sim.sampling import BySize
@@ -53,6 +54,7 @@ from fedray.track.wandb import WandbConfig
 from fedray.train import LearningRate
 from fedray.train.engine import try_inputs
 from fedray.train.schedule import Schedule
+from fedray.tree import Layout, Mask
 from fedray.wire import Chain, Way, Wire
 from fedray.wire.values import Entropy
 
@@ -129,6 +131,8 @@ class RuntimeConfig:
     num_cpus: int | None = MISSING
     temp_dir: str | None = MISSING
     dashboard: str = MISSING
+    # Runs that were recorded before there was a ceiling had none.
+    memory_gb: Any = None
 
 
 @dataclass
@@ -141,6 +145,9 @@ class WandbSchema:
     tags: list[str] = MISSING
     name: str | None = MISSING
     histograms_every: int = MISSING
+    tables: str = MISSING
+    artifacts: str = MISSING
+    timeout_s: float = MISSING
 
 
 @dataclass
@@ -188,7 +195,20 @@ class Config:
 def register() -> None:
     """Make the schema known to Hydra, and `${share_of_rounds:0.5}`; conf/ builds on them."""
     ConfigStore.instance().store(name="fedray_schema", node=Config)
+    find_plugins()
     OmegaConf.register_new_resolver("share_of_rounds", _share_of_rounds, replace=True)
+
+
+def find_plugins() -> None:
+    """Make the launcher and the sweeper known to Hydra: an installed fedray has it beside it, a checkout inside it."""
+    try:
+        found = importlib.util.find_spec("hydra_plugins.fedray_launcher") is not None
+    except ModuleNotFoundError:  # no plug-in of anybody is installed
+        found = False
+    if not found:
+        sys.path.append(str(Path(__file__).parent / "plugins"))
+    for name in ("fedray_launcher", "fedray_sweeper"):
+        importlib.import_module(f"hydra_plugins.{name}._config")
 
 
 def _share_of_rounds(share: float, least: int = 1, *, _root_: DictConfig) -> int:
@@ -229,9 +249,39 @@ class Assembly:
     facts: Mapping[str, Any]
 
 
-def assemble(cfg: DictConfig, *, code_folder: str | None = None, choices: Mapping[str, str] | None = None) -> Assembly:
-    """Check everything and load the data. choices: what was chosen of each group, for records. Raises ConfigError."""
-    config = _plain(cfg)
+class Shared:
+    """What several runs that are assembled in one process have in common, made once: data, and who gets which."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def once(self, what: str, config: Mapping[str, Any], keys: Sequence[str], make: Callable[[], Any]) -> Any:
+        """What `make` gives, which depends on these keys of a configuration alone; nothing is kept where it raises."""
+        name = json.dumps([what, {key: config[key] for key in keys}], sort_keys=True, default=str)
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+
+DATA_KEYS = ("data",)
+DEAL_KEYS = (*DATA_KEYS, "partition", "num_clients", "seed", "public")
+POPULATION_KEYS = (*DEAL_KEYS, "validation", "skew", "augment")
+
+
+def assemble(
+    cfg: DictConfig | dict[str, Any],
+    *,
+    code_folder: str | None = None,
+    choices: Mapping[str, str] | None = None,
+    shared: Shared | None = None,
+) -> Assembly:
+    """Check everything and load the data. Raises ConfigError.
+
+    cfg: composed, or already `resolved`. choices: what was chosen of each group, for records. shared: with the other
+    runs of a sweep.
+    """
+    config = cfg if isinstance(cfg, dict) else resolved(cfg)
+    shared = Shared() if shared is None else shared
     _check_skeleton(config)
 
     policies = _policies(config)
@@ -263,7 +313,7 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None, choices: Mappin
     for name, policy in policies:
         _under(name, lambda policy=policy: policy.check(spec.facts()))
 
-    dealt = _deal(config)
+    dealt = _deal(config, shared)
     dataset = dealt.dataset
     build = _maker(config["model"], dataset.shape, dataset.num_classes, dataset.vocabulary, config["batch_norm"])
     task = Task(build=build, scope=scope, objective=OBJECTIVES[dataset.objective])
@@ -282,11 +332,13 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None, choices: Mappin
     for name, policy in policies:
         _under(name, lambda policy=policy: policy.check(facts))
     codec_of(module, spec)
-    left_out: tuple[str, ...] = ()
+    structure = None
     if cuts_units(spec):
-        left_out = find_structure(module, try_inputs(1, dataset.shape, dataset.vocabulary)).left_out
+        structure = structure_of(module, try_inputs(1, dataset.shape, dataset.vocabulary), scope)
     _check_goals(spec, module)
-    population = _population(dealt, config, spec)
+    population: Population = shared.once(
+        "population", config, POPULATION_KEYS, lambda: _population(dealt, config, spec)
+    )
     if config["model"].get("init_from") is not None:
         found = _initial_mask(pretrained.mask_of(config["model"]["init_from"]), module)
         beyond = [name for name, kept in (found or {}).items() if not kept.all()]
@@ -297,9 +349,21 @@ def assemble(cfg: DictConfig, *, code_folder: str | None = None, choices: Mappin
                 "which scope.* does not count as prunable here: set scope as that run has it"
             )
         spec = replace(spec, initial_mask=found)
-    run_id = _run_id(config, dataset)
+    kept, params = kept_names(module, spec), layouts(module)[0]
+    owned = params.select(name for name in params.names if name not in kept)
+    facts = replace(
+        facts,
+        layout=owned,
+        initial_mask=_cut(spec, owned),
+        prunable=tuple(name for name in prunable_names(module, scope) if name not in kept),
+        structure=structure,
+        unjudged=population.unjudged,
+    )
+    for name, policy in policies:
+        _under(name, lambda policy=policy: policy.check(facts))
+    run_id = _run_id(config, dataset.digest)
     warnings = [f"{name}: {text}" for name, policy in policies for text in policy.warns(facts)]
-    warnings += [f"pruner: {text}" for text in left_out]
+    warnings += [f"pruner: {text}" for text in ([] if structure is None else structure.left_out)]
     if isinstance(spec.sampler, BySize) and config["strategy"].get("weight_by") == "examples":
         warnings.append("sampling: by_size and strategy.weight_by=examples count sizes twice; set it to uniform")
     about = {
@@ -352,12 +416,47 @@ class Deal:
 
 def deal(cfg: DictConfig) -> Deal:
     """Load the data of a configuration and deal them to its clients; no model is built. Raises ConfigError."""
-    config = _plain(cfg)
+    config = resolved(cfg)
     _check_skeleton({**config, "cohort": 1, "eval": {**config["eval"], "clients": "all"}})  # nobody trains
-    return _deal(config)
+    return _deal(config, Shared())
 
 
-def _plain(cfg: DictConfig) -> dict[str, Any]:
+def identity(
+    config: dict[str, Any], *, digests: MutableMapping[str, str], shared: Shared, code_folder: str | None = None
+) -> str:
+    """The id that the run of a resolved configuration will have; no model is built. Raises ConfigError.
+
+    digests: of data that were loaded before, by what they were made from, so that they need not be loaded to know
+    that nothing changed; what had to be loaded is entered.
+    """
+    _check_skeleton(config)
+    made_from = _made_from(config["data"], code_folder)
+    if made_from not in digests:
+        digests[made_from] = _dataset(config, shared).digest
+    return _run_id(config, digests[made_from])
+
+
+def _made_from(node: Mapping[str, Any], code_folder: str | None) -> str:
+    """What a data set comes from: its settings, the state of the files that they name, and the code that reads them.
+
+    Files count by size and time of change. Data that come with a library, or from a hub, are taken to be what they
+    were under the same settings.
+    """
+    files: list[Path] = []
+    for value in node.values():
+        if isinstance(value, str) and value and Path(value).expanduser().exists():
+            path = Path(value).expanduser()
+            files += [path] if path.is_file() else [below for below in sorted(path.rglob("*")) if below.is_file()]
+    files += sorted((Path(__file__).parent / "data").rglob("*.py"))
+    if code_folder is not None and not str(node.get("_target_")).startswith("fedray."):
+        files += sorted(Path(code_folder).rglob("*.py"))
+    states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    text = json.dumps([node, states], sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """A composed configuration as plain values. Raises ConfigError for what cannot be resolved or is no setting."""
     try:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -369,15 +468,29 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
     return config
 
 
-def _deal(config: dict[str, Any]) -> Deal:
+def _dataset(config: dict[str, Any], shared: Shared) -> Dataset:
+    def load() -> Dataset:
+        dataset = _make(config["data"], "data")
+        if not isinstance(dataset, Dataset):
+            raise ConfigError(
+                f"data._target_ is {config['data']['_target_']!r}; it gave a {type(dataset).__name__} and must give a "
+                "fedray.data.Dataset: use Dataset.of(...)"
+            )
+        dataset.check()
+        return dataset
+
+    found: Dataset = shared.once("data", config, DATA_KEYS, load)
+    return found
+
+
+def _deal(config: dict[str, Any], shared: Shared) -> Deal:
+    found: Deal = shared.once("deal", config, DEAL_KEYS, lambda: _new_deal(config, shared))
+    return found
+
+
+def _new_deal(config: dict[str, Any], shared: Shared) -> Deal:
     partitioner = _make(config["partition"], "partition")
-    dataset = _make(config["data"], "data")
-    if not isinstance(dataset, Dataset):
-        raise ConfigError(
-            f"data._target_ is {config['data']['_target_']!r}; it gave a {type(dataset).__name__} and must give a "
-            "fedray.data.Dataset: use Dataset.of(...)"
-        )
-    dataset.check()
+    dataset = _dataset(config, shared)
     labels, num_labels = dataset.labels("train")
     labels = np.asarray(labels)
     public, private = _set_apart(config["public"], len(labels), Key.of(config["seed"]).fold("public"))
@@ -605,6 +718,13 @@ def _initial_mask(found: Mapping[str, torch.Tensor] | None, module: nn.Module) -
     return fitting
 
 
+def _cut(spec: RunSpec, layout: Layout) -> Mask | None:
+    """What the model that a run starts from has lost of this layout; None for nothing."""
+    given = {} if spec.initial_mask is None else spec.initial_mask
+    mask = Mask.of(layout, {name: kept for name, kept in given.items() if name in layout.names})
+    return None if bool(mask.flat.all()) else mask
+
+
 def _check_goals(spec: RunSpec, module: nn.Module) -> None:
     """Refuse goals that no row will have."""
     goals = spec.goals
@@ -707,7 +827,7 @@ def _starts(parts: list[np.ndarray]) -> np.ndarray:
     return np.cumsum([0, *(len(part) for part in parts)])
 
 
-def _run_id(config: dict[str, Any], dataset: Dataset) -> str:
+def _run_id(config: dict[str, Any], data_digest: str) -> str:
     """A hash of what decides the result: not where it runs, how it is tracked, where the data lie or how long it is."""
     kept = {k: v for k, v in config.items() if k not in ("runtime", "tracker", "rounds", "name", "checkpoint")}
     rates = (_rate(1.0, config["trainer"]), _rate(1.0, config["server"]))
@@ -722,7 +842,7 @@ def _run_id(config: dict[str, Any], dataset: Dataset) -> str:
             **config["model"],
             "init_from": {**weights, "digest": pretrained.digest(config["model"]["init_from"])},
         }
-    kept["data"] = {**{k: v for k, v in config["data"].items() if k != "path"}, "digest": dataset.digest}
+    kept["data"] = {**{k: v for k, v in config["data"].items() if k != "path"}, "digest": data_digest}
     text = json.dumps(kept, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -866,6 +986,11 @@ def _check_skeleton(config: dict[str, Any]) -> None:
     )
     shown = ("auto", "on", "off")
     _refuse(runtime["dashboard"] not in shown, "runtime.dashboard", runtime["dashboard"], "choose auto, on or off")
+    memory_gb = runtime["memory_gb"]
+    good = memory_gb in ("auto", None) or (conforms(memory_gb, float) and 0 < memory_gb < math.inf)
+    _refuse(not good, "runtime.memory_gb", memory_gb, "write auto, null or a number of gigabytes above 0")
+    bad = memory_gb not in ("auto", None) and sys.platform != "linux"
+    _refuse(bad, "runtime.memory_gb", memory_gb, "only Linux counts the memory of a process; set it to null")
     for name in ("clients_per_actor", "slots"):
         value = runtime[name]
         good = value == "auto" or (_is_int(value) and value >= 1)
@@ -907,6 +1032,32 @@ def profile(group: str, name: str, config_dir: str | None = None) -> Any:
     return component(typing.cast(dict[str, Any], node), group)
 
 
+def search(folder: Path) -> str:
+    """The override with which Hydra looks into a folder as well, whatever characters its name has."""
+    name = str(folder.resolve()).replace("\\", "\\\\").replace("'", "\\'")
+    return f"hydra.searchpath=['file://{name}']"
+
+
+def composed(group: str, path: Path, overrides: Sequence[str]) -> DictConfig:
+    """The whole configuration with one file of a user's own folder <folder>/<group>/, as --config-dir composes it.
+
+    Values are not resolved and may be added to. Raises ConfigError where the name is taken by a file of fedray's.
+    """
+    ours = Path(conf_folder()).resolve() / group / path.name
+    added = []
+    if path != ours:
+        if ours.is_file():
+            raise ConfigError(f"{path} has the name of a file of fedray's, and --config-dir takes that one; rename it")
+        added = [search(path.parent.parent)]
+    try:
+        with initialize_config_dir(conf_folder(), version_base="1.3"):
+            cfg = compose("config", overrides=[f"{group}={path.stem}", *overrides, *added])
+    except HydraException as error:
+        raise ConfigError(f"{path} cannot be composed: {' '.join(str(error).split())}") from error
+    OmegaConf.set_struct(cfg, False)
+    return cfg
+
+
 def _make(node: Any, group: str) -> Any:
     """Make the component of a group, with its arguments checked first."""
     target, arguments = _target(node, group)
@@ -938,6 +1089,28 @@ def _under(group: str, call: Any) -> Any:
         raise ConfigError(f"{group} cannot be made: {type(error).__name__}: {_first_line(error)}") from raised
 
 
+class NoCode(ConfigError):
+    """A `_target_` that cannot be imported. `found` says in other words where code may lie."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(f"{sentence}. Code beside --config-dir can")
+        self.sentence = sentence
+
+    def found(self, where: str) -> ConfigError:
+        return ConfigError(f"{self.sentence}. Code {where} can")
+
+
+def _no_code(group: str, path: str, error: BaseException) -> ConfigError:
+    """Why a `_target_` is none: there is no such module, or nothing of that name in it."""
+    within, _, name = path.rpartition(".")
+    module = sys.modules.get(within)
+    if module is None or hasattr(module, name):
+        return NoCode(f"{group}._target_ is {path!r}; it cannot be imported ({_first_line(error)})")
+    near = difflib.get_close_matches(name, [one for one in vars(module) if not one.startswith("_")], n=1)
+    hint = f"did you mean {near[0]}?" if near else "name a class or a function of it"
+    return ConfigError(f"{group}._target_ is {path!r}; {within} has no {name}: {hint}")
+
+
 def _target(node: Any, group: str) -> tuple[Any, dict[str, Any]]:
     if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
         raise ConfigError(f"{group} names no _target_; choose one of the group, or write {group}._target_=module.Name")
@@ -945,10 +1118,7 @@ def _target(node: Any, group: str) -> tuple[Any, dict[str, Any]]:
     try:
         target = get_object(path)
     except Exception as error:
-        raise ConfigError(
-            f"{group}._target_ is {path!r}; it cannot be imported ({_first_line(error.__cause__ or error)}). "
-            "Code beside --config-dir can"
-        ) from error
+        raise _no_code(group, path, error.__cause__ or error) from error
     if not callable(target):
         raise ConfigError(f"{group}._target_ is {path!r}; it must be a class or a function")
     return target, {

@@ -20,9 +20,10 @@ from fedray.errors import ClientError, ConfigError, FedrayError, WireError
 from fedray.keys import Key
 from fedray.models.normalisation import from_second_moments, second_moments
 from fedray.models.structure import find_structure
-from fedray.models.task import kinds, layouts, prunable_names
+from fedray.models.task import Scope, kinds, layouts, prunable_names
 from fedray.prune.structure import Structure
 from fedray.round import (
+    ClientInfo,
     Context,
     Exchange,
     Fit,
@@ -98,7 +99,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientResult:
-    """What the driver logs of one client's round. num_seen: examples stepped on.
+    """What the driver logs of one client's round.
 
     seconds: time of its training; wire_seconds: of its encoding and decoding, both ends.
     work: what it trained: the job of the round, then additional ones.
@@ -108,7 +109,6 @@ class ClientResult:
     client: int
     num_examples: int
     num_steps: int
-    num_seen: int
     loss: float
     seconds: float
     wire_seconds: float
@@ -214,7 +214,7 @@ class Worker:
         self.structure: Structure | None = None
         if cuts_units(spec):
             sample = try_inputs(1, population.sample_shape, population.vocabulary)
-            self.structure = find_structure(spec.task.module(spec.key.fold("model")), sample)
+            self.structure = structure_of(spec.task.module(spec.key.fold("model")), sample, spec.task.scope)
         self.engine = Engine(
             spec.task,
             key=spec.key.fold("model"),
@@ -291,7 +291,12 @@ class Worker:
         self, broadcast: Broadcast, clients: Sequence[int], records: Mapping[int, Record | None], batch_size: int
     ) -> ClientScores:
         """Score the model that each of these clients would run on its own local test, and where there is a whole
-        model at the server that one too. `broadcast` is the state at the end of a round, so nothing is remembered."""
+        model at the server that one too. `broadcast` is the state at the end of a round, so nothing is remembered.
+
+        Where statistics of batch normalisation are recomputed, those of the broadcast are the server's model's. A
+        client that runs another one, such as a narrow one, takes those of its own training data in that one: it can
+        do so by itself, and in the cohort there may be nobody else who runs it.
+        """
         server = replace(broadcast.server, mask=self.intern(broadcast.server.mask))
         scores: dict[int, dict[str, dict[str, float]]] = {}
         for client in clients:
@@ -306,7 +311,7 @@ class Worker:
                 local=self.local,
                 local_buffers=self.local_buffers if broadcast.statistics is None else broadcast.statistics,
             )
-            views = {"own": self._view(given, record, ctx)}
+            views = {"own": self._view(given, record, ctx, samples=samples)}
             if self.has_global_model:
                 views["global"] = given
             local = self.population.local_samples(client)
@@ -399,8 +404,19 @@ class Worker:
     def exchange_codec(self, at: int, exchange: str) -> Codec:
         """The wire of an exchange: float32, whatever the run's is, because a loss here would be one of the method."""
         if (at, exchange) not in self._exchange_codecs:
-            _, policy = self.spec.policies[at]
-            parts = policy.exchange_parts(self.origin.layout, self.origin_buffers.layout)[exchange]
+            name, policy = self.spec.policies[at]
+            try:
+                declared = policy.exchange_parts(self.origin.layout, self.origin_buffers.layout)
+            except FedrayError:
+                raise
+            except Exception as error:
+                raise ClientError(f"{name}.exchange_parts: {type(error).__name__}: {error}") from error
+            if exchange not in declared:
+                raise ClientError(
+                    f"{name}.exchanges asks {exchange!r}, and exchange_parts has {', '.join(declared) or 'nothing'}: "
+                    "it names the parts of every exchange"
+                )
+            parts = declared[exchange]
             wire = Wire(entropy=self.spec.wire.entropy)
             self._exchange_codecs[at, exchange] = Codec(parts, self.origin.layout, self.codec.masks.prunable, wire)
         return self._exchange_codecs[at, exchange]
@@ -493,7 +509,6 @@ class Worker:
             client=client,
             num_examples=len(samples),
             num_steps=fit.num_steps,
-            num_seen=trained.num_seen + sum(work.num_seen for work in turn.work),
             loss=fit.loss,
             seconds=seconds,
             wire_seconds=wire_seconds,
@@ -601,16 +616,17 @@ class Worker:
             structure=self.structure,
             client=self.population.info(client),
             known=None if record is None else record.known,
-            validate=partial(self._validate, client),
         )
         ctx = replace(ctx, job=self._plain_job(len(samples), ctx.lr))
         return self._looking(ctx, samples, _Turn(self.local, self.local_buffers, broadcast.server.mask))
 
     def _looking(self, ctx: Context, samples: Samples, turn: _Turn) -> Context:
         """With what looks at, trains on and scores with a client's samples, in its turn."""
+        assert ctx.client is not None
         return replace(
             ctx,
             probe=partial(self._probe, samples, ctx.key, turn),
+            validate=partial(self._validate, ctx.client, turn),
             train=partial(self._train_more, samples, ctx.key, turn),
             score=partial(self._score, samples, turn),
             moments=_Moments(self.engine, samples, turn),
@@ -622,11 +638,26 @@ class Worker:
         )
         return Record(memories=memories, known=None)
 
-    def _view(self, view: View, record: Record, ctx: Context, only: Sequence[Policy[Any, Any]] | None = None) -> View:
+    def _view(
+        self,
+        view: View,
+        record: Record,
+        ctx: Context,
+        only: Sequence[Policy[Any, Any]] | None = None,
+        samples: Samples | None = None,
+    ) -> View:
+        """The model that a client runs, of the server's. only: these policies. samples: what statistics that are
+        recomputed are taken of, where they were another model's; None leaves them."""
+        recomputed = samples is not None and recomputes(self.spec)
         for at in reversed(range(len(self.spec.policies))):
             name, policy = self.spec.policies[at]
             if only is None or policy in only:
-                view = self._hook(name, "view", ctx, policy.view, view, record.memories[at], ctx)
+                before, view = view, self._hook(name, "view", ctx, policy.view, view, record.memories[at], ctx)
+                other = view.params is not before.params and view.local_buffers is before.local_buffers
+                if recomputed and other and view.local_buffers is not None:
+                    assert samples is not None
+                    found, _ = self.engine.statistics(view, samples)
+                    view = replace(view, local_buffers=take(found, view.local_buffers.layout.names))
         return view
 
     def _plain_job(self, num_examples: int, lr: float) -> Job:
@@ -664,13 +695,13 @@ class Worker:
         view = View(params=params, buffers=buffers, mask=mask, local=turn.local, local_buffers=turn.local_buffers)
         return self.engine.probe(view, samples, key, **options)
 
-    def _validate(self, client: int, view: View) -> Mapping[str, float]:
-        held = self.population.held(client)
+    def _validate(self, client: ClientInfo, turn: _Turn, view: View) -> Mapping[str, float]:
+        held = self.population.held(client.id)
         if held is None:
             raise ConfigError(
-                f"client {client} has nothing to validate on; set validation above 0, or give it more samples"
+                f"client {client.id} has nothing to validate on; set validation above 0, or give it more samples"
             )
-        return self._means(held, view)
+        return self._means(held, _with_local(view, turn))
 
     def _score(self, samples: Samples, turn: _Turn, view: View) -> Mapping[str, float]:
         return self._means(samples, _with_local(view, turn))
@@ -790,6 +821,13 @@ def has_global_model(module: nn.Module, spec: RunSpec) -> bool:
 def cuts_units(spec: RunSpec) -> bool:
     """Whether a policy cuts whole units, so that the model's structure is looked for."""
     return any(policy.cuts in ("structures", "both") for _, policy in spec.policies)
+
+
+def structure_of(module: nn.Module, sample: torch.Tensor, scope: Scope) -> Structure:
+    """The units that may be cut whole: those of layers whose weights a scope leaves prunable. sample: (1, *shape)."""
+    outside = set(prunable_names(module, Scope())) - set(prunable_names(module, scope))
+    why = "its weights are outside of scope.first_layer and scope.last_layer"
+    return find_structure(module, sample).without(dict.fromkeys(outside, why))
 
 
 def recomputes(spec: RunSpec) -> bool:

@@ -288,7 +288,13 @@ class Driver:
         flops: dict[int, float] = {}
         for at, (name, policy) in enumerate(self.spec.policies):
             ctx = self._context(round, cohort)
-            for exchange in policy.exchanges(self.memories[at], ctx):
+            try:
+                wanted = tuple(policy.exchanges(self.memories[at], ctx))
+            except FedrayError:
+                raise
+            except Exception as error:
+                raise RunError(f"round {round}, {name}.exchanges: {type(error).__name__}: {error}") from error
+            for exchange in wanted:
                 chosen = range(self.spec.num_clients) if exchange.clients == "all" else exchange.clients
                 clients = cohort if chosen == "cohort" else tuple(int(client) for client in chosen)
                 handle = self.runtime.put(
@@ -376,8 +382,14 @@ class Driver:
             server = server.cut(Mask.of(layout, kept))
         ctx = self._context(0, ())
         memories = []
-        for _, policy in self.spec.policies:
-            server, memory = policy.init_server(server, ctx)
+        for name, policy in self.spec.policies:
+            try:
+                server, memory = policy.init_server(server, ctx)
+            except FedrayError:
+                raise
+            except Exception as error:
+                what = f"before the first round, {name}.init_server"
+                raise RunError(f"{what}: {type(error).__name__}: {error}") from error
             memories.append(memory)
         return replace(server, mask=self.worker.intern(server.mask)), tuple(memories)
 

@@ -7,6 +7,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 from fedray.errors import ConfigError, RunError
 from fedray.testing.conform import CHECKS, check, law_of
@@ -26,12 +27,13 @@ def check_command(arguments: Sequence[str], *, parser: type[argparse.ArgumentPar
     command.add_argument("--as-written", action="store_true", help="leave the schedule as the yaml has it")
     # Settings stand among the names, as they do for a run.
     options = command.parse_intermixed_args(arguments)
-    overrides = [word for word in options.targets if "=" in word]
-    targets = [word for word in options.targets if "=" not in word]
+    overrides = [word for word in options.targets if "=" in word and not Path(word).is_file()]
+    targets = [word for word in options.targets if word not in overrides]
     if not targets:
         raise ConfigError("fedray check: name a pruner, as in fedray check magnitude, or a yaml file; see --help")
     only = None if options.only is None else options.only.split(",")
-    policies = [(target, load(target, overrides, short=not options.as_written)) for target in targets]
+    short = not options.as_written
+    policies = [(target, load(target, overrides, short=short, others=targets)) for target in targets]
     failures = []
     for at, (target, policy) in enumerate(policies):
         print(f"{'' if at == 0 else chr(10)}{target}: {policy!r}")
@@ -59,7 +61,7 @@ def _laws() -> str:
     for name in CHECKS:
         lines += textwrap.wrap(f"{name}: {law_of(name)}", 100, initial_indent="  ", subsequent_indent="      ")
     return "\n".join(
-        [*lines, "", "key=value sets a setting of the pruner, after its schedule was moved into a short run."]
+        [*lines, "", "key=value sets a setting of the pruner; a schedule is moved into a short run around it."]
     )
 
 

@@ -35,13 +35,18 @@ def check(policy: Policy[Any, Any], *, only: Iterable[str] | None = None, short:
     """Check a policy, check by check. only: names of checks; all without. short: whether its schedule is moved into a
     short run first, see `testing.short`. Raises ConfigError for a check that does not exist, or where the short
     version is refused."""
+    names = _wanted(only)
+    subject = Subject(shorten(policy) if short else policy)
+    for name in names:
+        yield one(subject, name)
+
+
+def _wanted(only: Iterable[str] | None) -> list[str]:
     names = list(CHECKS if only is None else only)
     for name in names:
         if name not in CHECKS:
             raise ConfigError(f"{name!r} is no check; there are {', '.join(CHECKS)}")
-    subject = Subject(shorten(policy) if short else policy)
-    for name in names:
-        yield one(subject, name)
+    return names
 
 
 def one(subject: Subject, name: str) -> Result:
@@ -83,12 +88,14 @@ def assert_conforms(policy: Policy[Any, Any], *, only: Iterable[str] | None = No
 def conformance(
     policy: Policy[Any, Any], *, only: Iterable[str] | None = None, short: bool = True
 ) -> Callable[[str], None]:
-    """A test for pytest, with one case for each check: `test_mine = conformance(Mine(sparsity=0.8))`."""
+    """A test for pytest, with one case for each check: `test_mine = conformance(Mine(sparsity=0.8))`.
+
+    Raises ConfigError for a check that does not exist."""
     import pytest
 
     subject: list[Subject] = []
 
-    @pytest.mark.parametrize("check", list(CHECKS if only is None else only))
+    @pytest.mark.parametrize("check", _wanted(only))
     def test_conformance(check: str) -> None:
         if not subject:
             subject.append(Subject(shorten(policy) if short else policy))

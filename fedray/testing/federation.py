@@ -12,7 +12,7 @@ import numpy as np
 from fedray.keys import Key
 from fedray.models import Task
 from fedray.models.task import kinds
-from fedray.round import Fit, Job, Message, Optim, Policy, Server
+from fedray.round import Context, Exchange, Fit, Job, Message, Optim, Policy, Server
 from fedray.sim.checkpoint import State
 from fedray.sim.client import Broadcast, Worker, who
 from fedray.sim.driver import Driver, RoundRecord
@@ -128,16 +128,28 @@ class Upload:
     fit: Fit
 
 
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a client answered in an exchange. message: as the server decodes it. wanted: as it was before the wire."""
+
+    client: int
+    round: int
+    exchange: str
+    message: Message
+    wanted: Message
+
+
 @dataclass
 class Ran:
     """An observed run. servers: the start, then one a round. broadcasts: the server that clients are sent, by round.
-    heard: what they sent."""
+    heard: what they sent after their training. answers: what they sent in exchanges."""
 
     driver: Driver
     records: list[RoundRecord] = field(default_factory=list)
     servers: list[Server] = field(default_factory=list)
     broadcasts: dict[int, Server] = field(default_factory=dict)
     heard: list[Upload] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -185,10 +197,12 @@ class Watching(Worker):
     def __init__(self, spec: RunSpec, population: Population) -> None:
         super().__init__(spec, population)
         self.heard: list[Upload] = []
+        self.answers: list[Answer] = []
         self.broadcasts: dict[int, Server] = {}
         self._names = {who(c, r): (c, r) for c in range(spec.num_clients) for r in range(1, spec.rounds + 1)}
         self._trained: tuple[Job, Fit] | None = None
         self._wanted: list[Message] = []
+        self._asked = ""
         self.engine: Any = _Noting(self.engine, "fit", self._note_training)
         self.codec: Any = _Noting(self.codec, "encode", self._note_encoding)
 
@@ -201,6 +215,19 @@ class Watching(Worker):
     def _note_encoding(self, given: tuple[Any, ...], options: dict[str, Any], _: Any) -> None:
         if options["direction"] == "up":
             self._wanted.append(given[0])
+
+    def answer(self, broadcast: Any, clients: Any, records: Any, at: int, exchange: Exchange) -> Any:
+        self._asked = exchange.name
+        return super().answer(broadcast, clients, records, at, exchange)
+
+    def _cross(self, codec: Any, message: Message, direction: Any, known: Mask | None, ctx: Context, *more: Any) -> Any:
+        received, transfer = super()._cross(codec, message, direction, known, ctx, *more)
+        if direction == "up":
+            assert ctx.client is not None
+            self.answers.append(
+                Answer(client=ctx.client.id, round=ctx.round, exchange=self._asked, message=received, wanted=message)
+            )
+        return received, transfer
 
     def train(self, broadcast: Broadcast, *more: Any, **options: Any) -> Any:
         self.broadcasts[broadcast.round] = broadcast.server
@@ -236,7 +263,7 @@ def run(spec: RunSpec, population: Population, runtime: Runtime | None = None, s
     """Drive a run to its end; `runtime` without one is inline with an observed worker. state: where to go on."""
     worker = Watching(spec, population)
     driver = Following(spec, population, runtime or InlineRuntime(spec, population, worker), worker, state)
-    ran = Ran(driver, servers=driver.servers, broadcasts=worker.broadcasts, heard=worker.heard)
+    ran = Ran(driver, servers=driver.servers, broadcasts=worker.broadcasts, heard=worker.heard, answers=worker.answers)
     ran.records.extend(driver.rounds())
     return ran
 
@@ -244,7 +271,8 @@ def run(spec: RunSpec, population: Population, runtime: Runtime | None = None, s
 class Packed:
     """A runtime that deals the cohort to several workers in chunks, moves homes every round and shuffles answers.
 
-    through: what every value goes through on its way to a worker and back, as a copy by pickle; None for nothing.
+    through: what every value goes through on its way to a worker and back, as a copy by pickle; None for nothing. Each
+             worker has the spec, and so the policies, by the same way.
     """
 
     def __init__(
@@ -257,9 +285,9 @@ class Packed:
         shuffle: Key | None = None,
         through: Callable[[Any], Any] | None = None,
     ) -> None:
-        self.workers = [Worker(spec, population) for _ in range(workers)]
-        self.chunk, self.shuffle, self.calls = chunk, shuffle, 0
         self.through = through or (lambda value: value)
+        self.workers = [Worker(self.through(spec), population) for _ in range(workers)]
+        self.chunk, self.shuffle, self.calls = chunk, shuffle, 0
         self.records: dict[int, Any] = {}
 
     def wait_ready(self) -> tuple[str, str]:
@@ -306,4 +334,4 @@ class Packed:
             yield getattr(worker, question)(broadcast, [client], self.records, *arguments)
 
 
-__all__ = ["Packed", "Ran", "Tree", "Upload", "Watching", "accept", "run", "run_spec", "synthetic"]
+__all__ = ["Answer", "Packed", "Ran", "Tree", "Upload", "Watching", "accept", "run", "run_spec", "synthetic"]

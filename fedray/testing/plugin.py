@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
 
     for target in targets:
         try:
-            subject = Subject(load(target))
+            subject = Subject(load(target, others=targets))
         except ConfigError as error:
             raise pytest.UsageError(f"--fedray-check {target}: {error}") from error
         items += [

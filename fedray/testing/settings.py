@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fedray.errors import ConfigError
+from fedray.errors import ConfigError, FedrayError
 from fedray.round import Policy
 from fedray.testing.short import ROUNDS, changed_in
+from fedray.testing.subject import Failed
 from fedray.testing.wrap import setting_names
 
 Outcome = tuple[Any, ...]
@@ -35,9 +36,11 @@ class Settings:
 
 
 def read_settings(policy: Policy[Any, Any], outcome: Try, *, exempt: Callable[[str], str | None]) -> Settings:
-    """Try every field of a policy. exempt: why a field may be idle, None where it may not."""
+    """Try every field of a policy. exempt: why a field may be idle, None where it may not. Raises Failed where a run
+    with another value breaks."""
     found = Settings()
     company: list[tuple[str, str, Any]] = []
+    outcome = _telling(policy, outcome)
     for name in setting_names(policy):
         why = SAME_RESULT.get(name) or exempt(name)
         if why is not None:
@@ -60,6 +63,26 @@ def read_settings(policy: Policy[Any, Any], outcome: Try, *, exempt: Callable[[s
             else:
                 found.beside[name] = beside
     return found
+
+
+def _telling(policy: Policy[Any, Any], outcome: Try) -> Try:
+    """The same, and where a run with other settings breaks, the error says with which."""
+
+    def told(other: Any) -> Outcome:
+        try:
+            return outcome(other)
+        except ConfigError:
+            raise
+        except Exception as error:
+            names = [name for name in setting_names(policy) if getattr(other, name) != getattr(policy, name)]
+            if not names:
+                raise
+            words = ", ".join(f"{name}={getattr(other, name)!r}" for name in names)
+            # An error of ours says where it happened; of others the type tells what.
+            what = str(error) if isinstance(error, FedrayError | Failed) else f"{type(error).__name__}: {error}"
+            raise Failed(f"with {words}: {what}") from error
+
+    return told
 
 
 def alternatives(policy: Any, name: str) -> Iterator[Any]:

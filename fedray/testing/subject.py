@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
@@ -16,6 +17,7 @@ from fedray.sim.spec import EvalSpec, RunSpec
 from fedray.strategies import FedAvg
 from fedray.testing.federation import Ran, Upload, accept, run, run_spec, synthetic
 from fedray.testing.short import ROUNDS
+from fedray.testing.wrap import identity
 from fedray.tree import Tree
 
 SHAPE, CLASSES, WIDTH = (2, 8, 8), 4, 4
@@ -52,15 +54,15 @@ def clients(sizes: tuple[int, ...] = SIZES, alike: bool = False) -> Population:
 
 @dataclass(eq=False)
 class Subject:
-    """policy: its short version, see `testing.short`. name: what sentences call it."""
+    """policy: its short version, see `testing.short`. No run sees it: each has a copy of its own, so that nothing goes
+    from one run to another by way of the policy."""
 
     policy: Policy[Any, Any]
-    name: str = "pruner"
     _runs: dict[str, Ran] = field(default_factory=dict)
 
     def spec(self, *policies: Policy[Any, Any], **changes: Any) -> RunSpec:
-        """A run of these policies; without any, of the one that is checked, with FedAvg."""
-        onion = policies or (self.policy, FedAvg())
+        """A run of copies of these policies; without any, of the one that is checked, with FedAvg."""
+        onion = [copied(policy) for policy in policies or (self.policy, FedAvg())]
         named = [("pruner", onion[0]), *((type(policy).__name__.lower(), policy) for policy in onion[1:])]
         facts: dict[str, Any] = {
             "rounds": ROUNDS,
@@ -79,7 +81,7 @@ class Subject:
 
     def run(self, *policies: Policy[Any, Any], **changes: Any) -> Ran:
         """That run, done once. Raises ConfigError where a policy refuses it."""
-        name = repr((policies, sorted(changes.items())))
+        name = repr(([identity(policy) for policy in policies], sorted(changes.items())))
         if name not in self._runs:
             spec = self.spec(*policies, **changes)
             accept(spec)
@@ -105,6 +107,14 @@ class Subject:
     def reason_without(self, check: str) -> str | None:
         """Why the policy says that a law does not apply to it; None where it says nothing."""
         return self.policy.exempt.get(check)
+
+
+def copied(policy: Policy[Any, Any]) -> Policy[Any, Any]:
+    """Another instance that holds the same. Raises Failed where it cannot be copied, as to an actor."""
+    try:
+        return copy.deepcopy(policy)
+    except Exception as error:
+        raise Failed(f"the policy itself cannot be copied: {type(error).__name__}: {error}") from error
 
 
 def by_client(uploads: Iterable[Upload]) -> dict[int, list[Upload]]:

@@ -1,4 +1,5 @@
-"""What docs/write_a_pruner.md shows works: its pruner is checked, tested and run as printed."""
+"""What docs/write_a_pruner.md shows works: its files are written as printed, its pruner is checked and tested by the
+commands that it prints, and run with the settings of its first run for fewer rounds, on a smaller model."""
 
 import re
 import shlex
