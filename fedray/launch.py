@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedray.errors import ConfigError, RunError
 from fedray.track.progress import Progress, summary_lines
@@ -20,7 +20,10 @@ from fedray.track.store import read_clients, read_manifest, read_rows
 if TYPE_CHECKING:
     import torch
 
-    from fedray.config import Assembly
+    from fedray.config import Assembly, RuntimeConfig
+    from fedray.sim.plan import Cluster
+    from fedray.sim.ray_runtime import Sealed
+    from fedray.sim.warm import Lender
 
 
 class Interrupted(RunError):
@@ -105,8 +108,6 @@ def resume(folder: Path, assembly: Assembly) -> Run:
 
     Raises ConfigError where `assembly` is another run's, or where there is nothing left to do.
     """
-    from fedray.sim.checkpoint import checkpoints
-
     manifest, rows = read_manifest(folder), read_rows(folder)
     if manifest["run_id"] != assembly.spec.run_id:
         raise ConfigError(
@@ -116,9 +117,14 @@ def resume(folder: Path, assembly: Assembly) -> Run:
     if manifest["status"] == "finished" and rows and rows[-1]["round"] >= assembly.spec.rounds:
         done = rows[-1]["round"]
         raise ConfigError(f"{folder} has finished its {done} rounds; to lengthen it write rounds={2 * done}")
-    written = {row["round"] for row in rows}
-    saved = [int(path.name.removeprefix("round-")) for path in checkpoints(folder / "checkpoints")]
-    return execute(assembly, folder, resume_round=max((r for r in saved if r in written), default=0))
+    return execute(assembly, folder, resume_round=last_resumable(folder))
+
+
+def last_resumable(folder: Path) -> int:
+    """The round of the last checkpoint whose row is written too; 0 where there is none."""
+    written = {row["round"] for row in read_rows(folder)}
+    saved = [int(path.name.removeprefix("round-")) for path in (folder / "checkpoints").glob("round-*")]
+    return max((round for round in saved if round in written), default=0)
 
 
 def _inline(assembly: Assembly, recording: Recording) -> Iterator[dict[str, Any]]:
@@ -144,20 +150,14 @@ def _inline(assembly: Assembly, recording: Recording) -> Iterator[dict[str, Any]
 
 
 def _on_ray(assembly: Assembly, recording: Recording, progress: Progress) -> Iterator[dict[str, Any]]:
-    import ray.cloudpickle as cloudpickle
-
+    runtime, spec = assembly.runtime, assembly.spec
+    lender = join(runtime, progress.note)
     from fedray.sim import ray_runtime
+    from fedray.sim.hosts import start_team
     from fedray.sim.plan import make_plan
 
-    runtime, spec = assembly.runtime, assembly.spec
-    progress.note("joining Ray ..." if runtime.address else "starting Ray ...")
-    dashboard = runtime.clients_per_actor == 1 if runtime.dashboard == "auto" else runtime.dashboard == "on"
-    ray_runtime.connect(runtime.address, num_cpus=runtime.num_cpus, temp_dir=runtime.temp_dir, dashboard=dashboard)
     cluster = ray_runtime.look_at_cluster()
-    device = runtime.device if runtime.device != "auto" else ("cuda" if cluster.gpus >= 1 else "cpu")
-    spec = replace(spec, device=device)
-    code = ray_runtime.zip_code(assembly.code_folder)
-    sealed = ray_runtime.Sealed(code=code, spec=cloudpickle.dumps(spec))
+    sealed, device = seal(assembly, cluster)
     client_gpu_bytes = 0
     if device == "cuda" and cluster.gpus >= 1:
         gpu_bytes, client_gpu_bytes = ray_runtime.probe_gpu(sealed, assembly.population)
@@ -168,23 +168,87 @@ def _on_ray(assembly: Assembly, recording: Recording, progress: Progress) -> Ite
         cohort=spec.cohort,
         clients_per_actor=runtime.clients_per_actor,
         slots=runtime.slots,
-        device=device,  # type: ignore[arg-type]
+        device=device,
         client_gpu_bytes=client_gpu_bytes,
+        warm=0 if lender is None or device != "cpu" else lender.free()[1],
     )
     progress.note(plan.forecast)
-    interrupted = True
+    status = "interrupted"
     group = ray_runtime.reserve(plan, progress.note)
-    driver = stream = None
+    team = stream = None
     try:
-        driver, stream = ray_runtime.start_driver(
-            sealed, assembly.population, plan, group, seed=spec.seed, recording=recording
-        )
-        yield from ray_runtime.events(stream)
-        interrupted = False
+        team = start_team(plan, group, lender)
+        population = ray_runtime.store(assembly.population, {})
+        order = ray_runtime.Order(sealed=sealed, population=[population], seed=spec.seed, recording=recording)
+        stream = team.begin(order)
+        for event in ray_runtime.events(stream):
+            status = event.get("end", status)
+            yield event
     except KeyboardInterrupt:
         yield {"end": "interrupted"}
+    except BaseException:
+        status = "failed"
+        raise
     finally:
-        ray_runtime.finish(driver, stream, group, interrupted=interrupted)
+        if status == "interrupted" and team is not None and stream is not None:
+            ray_runtime.wind_down(team.driver, stream)
+        if team is None:
+            ray_runtime.give_up(group)
+        elif status == "finished":
+            team.release()
+        else:
+            team.end()
+
+
+def join(runtime: RuntimeConfig, note: Callable[[str], None]) -> Lender | None:
+    """Join the cluster that a run is to have, or start it; the one who lends warm processes there, if any.
+
+    A run that says nothing of a cluster takes the one that `fedray up` started. note: is told which it is.
+    """
+    from fedray.sim import warm
+
+    up, why = None, None
+    if not (runtime.address or os.environ.get("RAY_ADDRESS")):
+        wanted = {"num_cpus": runtime.num_cpus, "temp_dir": runtime.temp_dir, "dashboard": runtime.dashboard}
+        asked = [f"runtime.{key}" for key, value in wanted.items() if value not in (None, "auto", "off")]
+        up, why = warm.look_for_cluster()
+        if up is not None and asked:
+            up, why = None, f"the cluster that is up is left alone: {asked[0]} asks for one of its own"
+    if why is not None:
+        note(why)
+    if up is not None:
+        warm.admit(up)
+    from fedray.sim import ray_runtime
+
+    dashboard = runtime.clients_per_actor == 1 if runtime.dashboard == "auto" else runtime.dashboard == "on"
+    local: dict[str, Any] = {"num_cpus": runtime.num_cpus, "temp_dir": runtime.temp_dir, "dashboard": dashboard}
+    if up is not None:
+        note(f"joining the cluster that is up at {up.address} ...")
+        try:
+            ray_runtime.connect(up.address, **local)
+            return warm.Lender.here()
+        except ConfigError as error:
+            note(f"the cluster that is up does not let us in and is ignored ({error})")
+    note("joining Ray ..." if runtime.address and runtime.address != "local" else "starting Ray ...")
+    ray_runtime.connect(runtime.address, **local)
+    return None
+
+
+def seal(assembly: Assembly, cluster: Cluster) -> tuple[Sealed, Literal["cpu", "cuda"]]:
+    """A run as its processes get it, and where it trains on this cluster. Raises RunError for what cannot be sent."""
+    import ray.cloudpickle as cloudpickle
+
+    from fedray.sim.ray_runtime import Sealed, zip_code
+
+    runtime = assembly.runtime
+    device = runtime.device if runtime.device != "auto" else ("cuda" if cluster.gpus >= 1 else "cpu")
+    assert device in ("cpu", "cuda")
+    memory_bytes = None if runtime.memory_gb in (None, "auto") else int(runtime.memory_gb * 1e9)
+    spec = cloudpickle.dumps(replace(assembly.spec, device=device))
+    path = tuple(str(Path(entry).resolve()) for entry in sys.path)
+    code = zip_code(assembly.code_folder)
+    sealed = Sealed(code=code, spec=spec, memory_bytes=memory_bytes, path=path, folder=os.getcwd())
+    return sealed, device  # type: ignore[return-value]
 
 
 def num_params(assembly: Assembly) -> int:

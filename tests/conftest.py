@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,8 +23,11 @@ os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
     "WANDB_MODE": "offline",
     "WANDB_SILENT": "true",
+    "WANDB_CACHE_DIR": str(Path(_SCRATCH.name) / "wandb-cache"),
+    "WANDB_CONFIG_DIR": str(Path(_SCRATCH.name) / "wandb-config"),
     "HF_HUB_OFFLINE": "1",
     "FEDRAY_CACHE": str(Path(_SCRATCH.name) / "cache"),
+    "FEDRAY_CLUSTER": str(Path(_SCRATCH.name) / "cluster.json"),
 }
 # Processes that tests start import this checkout, wherever they run.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -53,3 +60,23 @@ def data_folder() -> Path:
     folder = _data_folder()
     assert folder is not None, "a test that asks for data_folder needs the mark `data`"
     return folder
+
+
+@pytest.fixture
+def wandb_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """A server on the loopback, see `loopback.py`; this process and those it starts take it for W&B."""
+    found = importlib.util.spec_from_file_location("loopback", Path(__file__).with_name("loopback.py"))
+    assert found is not None
+    assert found.loader is not None
+    module = sys.modules["loopback"] = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    import wandb
+
+    with module.loopback() as server:
+        for name, value in server.environment(tmp_path / "home").items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        wandb.teardown()  # it reads the environment once
+        yield server
+        server.down = server.refuses_key = server.refuses_rows = server.refuses_project = False
+        wandb.teardown()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from fedray.errors import ConfigError
 
@@ -35,7 +35,8 @@ class Plan:
     """slots: calls in flight at a time, one placement-group bundle each. actors: client processes.
 
     clients_per_actor: most clients in one actor. actor_cpus, actor_gpus: the share of its bundle that each actor takes.
-    bundle: the resources of one slot. driver_cpus: the driver's share of the first bundle.
+    bundle: the resources of one slot. driver_cpus, driver_gpus: the driver's share of the first bundle.
+    Without actors the clients live in the driver's process.
     """
 
     slots: int
@@ -47,6 +48,13 @@ class Plan:
     bundle: dict[str, float]
     device: Literal["cpu", "cuda"]
     forecast: str
+    driver_gpus: float = 0.0
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What processes must agree in to take over from each other."""
+        shares = (self.actor_cpus, self.actor_gpus, self.driver_cpus, self.driver_gpus)
+        return (self.slots, self.actors, self.device, shares, tuple(sorted(self.bundle.items())))
 
     def home(self, client: int) -> int:
         """The actor in which a client lives at first; neighbours are dealt out, not lumped."""
@@ -62,9 +70,15 @@ def make_plan(
     slots: int | Literal["auto"],
     device: Literal["cpu", "cuda"],
     client_gpu_bytes: int = 0,
+    sweep: bool = False,
+    inline: bool = False,
+    warm: int = 0,
 ) -> Plan:
     """Choose slots and actors. client_gpu_bytes: peak allocation of one client, from a probe; only with cuda.
 
+    sweep: one of many runs, which share the cluster: `auto` is then one slot, and one actor for each slot.
+    inline: the clients live in the driver's process, on one slot. warm: client processes that can be borrowed; where
+    they suffice for one in each slot, `auto` takes these.
     Raises ConfigError where the request does not fit, saying what is missing.
     """
     if device == "cuda":
@@ -76,14 +90,38 @@ def make_plan(
         per_gpu, most = 0, int(cluster.cpus)
     if most < 1:
         raise ConfigError(f"a run needs at least one CPU; this cluster has {cluster.cpus:g}")
+    bundle: dict[str, float] = {"CPU": 1.0}
+    if device == "cuda":
+        bundle["GPU"] = math.floor(1e4 / per_gpu) / 1e4
+    if inline:
+        return Plan(
+            slots=1,
+            actors=0,
+            clients_per_actor=num_clients,
+            actor_cpus=0.0,
+            actor_gpus=0.0,
+            driver_cpus=1.0,
+            driver_gpus=bundle.get("GPU", 0.0),
+            bundle=bundle,
+            device=device,
+            forecast=f"{num_clients} clients in the driver's process ({device})",
+        )
     if slots != "auto" and slots > most:
         unit = "GPU shares" if device == "cuda" else "CPUs"
         raise ConfigError(f"runtime.slots is {slots}; this cluster has {most} {unit}. Use runtime.slots=auto")
-    num_slots = min(most if slots == "auto" else slots, max(cohort, 1))
+    if slots == "auto":
+        slots = 1 if sweep else most
+    num_slots = min(slots, max(cohort, 1))
     room = int(cluster.memory_bytes * MEMORY_SHARE // ACTOR_BYTES)
     start_up = ACTOR_CPU_SECONDS * num_clients / max(cluster.cpus, 1)
     if clients_per_actor == "auto":
-        if num_clients <= room and start_up <= STARTUP_SECONDS:
+        if sweep:
+            actors = min(num_slots, num_clients)
+            packed, why = math.ceil(num_clients / actors), "in a sweep each slot has one actor"
+        elif warm >= min(num_slots, num_clients):
+            actors = min(num_slots, num_clients)
+            packed, why = math.ceil(num_clients / actors), "each slot borrows a warm process"
+        elif num_clients <= room and start_up <= STARTUP_SECONDS:
             actors, packed, why = num_clients, 1, "every client has an actor of its own"
         else:
             actors = min(num_slots, num_clients)
@@ -106,9 +144,6 @@ def make_plan(
     per_bundle = math.ceil(actors / num_slots)
     # One part of the bundle more than it has actors: room for the driver. Ray counts in units of 1e-4.
     share = math.floor(1e4 / (per_bundle + 1)) / 1e4
-    bundle: dict[str, float] = {"CPU": 1.0}
-    if device == "cuda":
-        bundle["GPU"] = math.floor(1e4 / per_gpu) / 1e4
     gpu_share = math.floor(1e4 * bundle["GPU"] / per_bundle) / 1e4 if device == "cuda" else 0.0
     forecast = (
         f"{num_clients} clients in {actors} actor{'s' if actors > 1 else ''} on "

@@ -62,6 +62,11 @@ class Population:
         return len(self.starts) - 1
 
     @property
+    def unjudged(self) -> tuple[int, ...]:
+        """Clients of whose training data nothing is set apart, where something is of others'."""
+        return () if self.held_starts is None else tuple(np.flatnonzero(np.diff(self.held_starts) == 0).tolist())
+
+    @property
     def num_test(self) -> int:
         return len(self.test_y)
 

@@ -13,14 +13,13 @@ import io
 import os
 import pickle
 import socket
-import sys
-import tempfile
 import threading
 import time
 import traceback
+import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +38,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fedray.errors import ClientError, ConfigError, FedrayError, RunError
 from fedray.sim.plan import Cluster, Plan
+from fedray.sim.tenancy import Tenancy
 
 if TYPE_CHECKING:
     from fedray.round import Server, View
     from fedray.sim.client import Broadcast, EvalReply, Record, TrainReply
+    from fedray.sim.population import Population
     from fedray.sim.runtime import EvalWork, Question
 
 LOST = (RayActorError, WorkerCrashedError, OwnerDiedError, ObjectLostError, OutOfMemoryError)
@@ -55,18 +56,21 @@ POLL_SECONDS = 0.5  # how soon a run that waits for an answer notices that it wa
 
 @dataclass(frozen=True, kw_only=True)
 class Sealed:
-    """A run on its way to an actor. code: the user's own modules, zipped; they must be there before unpickling."""
+    """A run on its way to an actor. code: the user's own modules, zipped; they must be there before unpickling.
+
+    memory_bytes: what each process of the run may take beyond what it has before; None for no ceiling. path,
+    folder: where whoever starts the run imports from and works; a process that was lent may be used to others.
+    """
 
     code: bytes
     spec: bytes
+    memory_bytes: int | None = None
+    path: tuple[str, ...] = ()
+    folder: str | None = None
 
-    def open(self) -> Any:
-        """Make the user's modules importable in this process and unpickle the specification."""
-        if self.code:
-            folder = tempfile.mkdtemp(prefix="fedray-code-")
-            with zipfile.ZipFile(io.BytesIO(self.code)) as archive:
-                archive.extractall(folder)
-            sys.path.insert(0, folder)
+    def open(self, tenancy: Tenancy) -> Any:
+        """Move in: make the user's modules importable in this process, and unpickle the specification."""
+        tenancy.move_in(self.code, self.memory_bytes, self.path, self.folder)
         return pickle.loads(self.spec)
 
 
@@ -91,13 +95,16 @@ TOKEN_HELP = (
 
 
 def connect(address: str | None, *, num_cpus: int | None, temp_dir: str | None, dashboard: bool) -> bool:
-    """Join the cluster at `address` (or RAY_ADDRESS), or start a local one; whether this call did it."""
+    """Join the cluster at `address` (or RAY_ADDRESS), or start a local one; whether this call did it.
+
+    address: "local" starts one whatever RAY_ADDRESS says.
+    """
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     wanted = address or os.environ.get("RAY_ADDRESS")
-    if wanted:
+    if wanted and wanted != "local":
         try:
             _knock(wanted)
             ray.init(address=wanted, **quiet)
@@ -110,7 +117,7 @@ def connect(address: str | None, *, num_cpus: int | None, temp_dir: str | None, 
     try:
         # The dashboard, with the state API, is ten processes that start beside ours and wake up all the time.
         shown = {"include_dashboard": True, "dashboard_port": 0} if dashboard else {"include_dashboard": False}
-        ray.init(num_cpus=num_cpus, _temp_dir=temp_dir, **shown, **quiet)
+        ray.init(address="local", num_cpus=num_cpus, _temp_dir=temp_dir, **shown, **quiet)
     except OSError as error:
         # A socket's path has at most 107 bytes, of which Ray needs about 60.
         raise ConfigError(
@@ -153,25 +160,58 @@ def wait_for_group(group: PlacementGroup, plan: Plan, note: Callable[[str], None
 
 
 class ClientActor:
-    """A process that hosts clients. Holds their records between rounds; they are also what its calls return."""
+    """A process that hosts clients of one run after another. Holds their records between rounds; they are also what
+    its calls return."""
 
-    def __init__(self, sealed: Sealed, population: Any) -> None:
+    def __init__(self) -> None:
         import torch
 
         torch.set_num_threads(1)
-        from fedray.sim.client import Worker
+        import fedray.sim.client  # noqa: F401 - loaded now, while other processes do the same
 
-        population.touch()
-        self.worker = Worker(sealed.open(), population)
+        self.tenancy = Tenancy()
+        self.tenant = ""
+        self.worker: Any = None
         self.records: dict[int, tuple[int, Any]] = {}
         _keep_freed_memory()
-        # Half a million objects of torch and its compiler never die: the collector need not look at them again.
-        gc.collect()
-        gc.freeze()
 
-    def ready(self) -> tuple[int, str, str]:
-        """Process id, the engine that was resolved, and why."""
+    def process(self) -> int:
+        """The process id, as soon as torch is loaded."""
+        return os.getpid()
+
+    def rehearse(self) -> int:
+        """Record the step of a tiny model, so that what recording loads is there before the first run; the process
+        id."""
+        import torch
+        from torch import nn
+
+        from fedray.train.traced import TracedStep
+
+        with torch.random.fork_rng(devices=[]):
+            TracedStep(nn.Linear(2, 2), nn.functional.cross_entropy, torch.zeros(3, 2), torch.zeros(3).long())
+        return os.getpid()
+
+    def ready(self, tenant: str, sealed: Sealed, population: Any) -> tuple[int, str, str]:
+        """Host the clients of this run, unless this process does so already; process id, the engine that was resolved,
+        and why. tenant: names the run."""
+        if tenant != self.tenant:
+            from fedray.sim.client import Worker
+
+            self.leave(self.tenant)
+            spec = sealed.open(self.tenancy)
+            whole = fetch(population)
+            whole.touch()
+            self.worker, self.tenant = Worker(spec, whole), tenant
+            # Half a million objects of torch and its compiler never die: the collector need not look at them again.
+            gc.collect()
+            gc.freeze()
         return os.getpid(), self.worker.engine.kind, self.worker.engine.reason
+
+    def leave(self, tenant: str) -> None:
+        """Forget this run, unless the process has another by now."""
+        if self.tenant and tenant == self.tenant:
+            self.tenant, self.worker, self.records = "", None, {}
+            self.tenancy.move_out()
 
     def train(
         self,
@@ -230,6 +270,31 @@ class ClientActor:
             return self.worker.evaluate(server, start, stop, batch_size, tag)
         except FedrayError as error:
             return Failure.of(error)
+
+
+def store(population: Population, stored: dict[tuple[int, ...], tuple[Any, Any]]) -> Any:
+    """Put a population into the object store; its reference.
+
+    The samples are an object of their own: populations that deal the same ones have it in common. stored: what was
+    put there before, by the identity of the arrays; what is in it stays in memory.
+    """
+    names = ("train_x", "train_y", "test_x", "test_y")
+    arrays = tuple(getattr(population, name) for name in names)
+    which = tuple(id(array) for array in arrays)
+    if which not in stored:
+        stored[which] = (arrays, ray.put(arrays))
+    kept: Any = dict.fromkeys(names, stored[which][1])
+    return ray.put(replace(population, **kept))
+
+
+def fetch(population: Population) -> Population:
+    """A population from the object store with its samples, as views of shared memory."""
+    samples: Any = population.train_x
+    if not isinstance(samples, ray.ObjectRef):
+        return population
+    found: Any = ray.get(samples)
+    train_x, train_y, test_x, test_y = found
+    return replace(population, train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y)
 
 
 def _keep_freed_memory() -> None:
@@ -292,7 +357,9 @@ class RayRuntime:
         seed: int,
         log_path: str,
         stop: threading.Event,
+        actors: Sequence[Any] | None = None,
     ) -> None:
+        """population: its reference. actors: processes that have no run now; None to start them."""
         self.plan = plan
         self.seed = seed
         self.log_path = log_path
@@ -303,19 +370,15 @@ class RayRuntime:
         self.moved: dict[int, set[int]] = {}  # clients whose records an actor need not keep any more
         self.deaths: dict[int, int] = {}
         self.losses: list[str] = []  # for the log
-        remote = ray.remote(ClientActor)
-        self.actors: list[Any] = [
-            remote.options(
-                num_cpus=plan.actor_cpus,
-                num_gpus=plan.actor_gpus,
-                max_restarts=-1,
-                max_task_retries=0,
-                scheduling_strategy=None
-                if group is None
-                else PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index % plan.slots),
-            ).remote(sealed, population)
-            for index in range(plan.actors)
-        ]
+        self.actors: list[Any] = list(start_clients(plan, group) if actors is None else actors)
+        # What a process is told when it begins, and again when it was restarted.
+        self.tenant = (uuid.uuid4().hex, ray.put(sealed), population)
+        self.begun = [actor.ready.remote(*self.tenant) for actor in self.actors]
+
+    def leave(self) -> None:
+        """Tell the processes to forget this run."""
+        for actor in self.actors:
+            actor.leave.remote(self.tenant[0])
 
     def take_losses(self) -> list[str]:
         losses, self.losses = self.losses, []
@@ -323,7 +386,7 @@ class RayRuntime:
 
     def wait_ready(self) -> tuple[str, str]:
         """Until every actor has loaded its model."""
-        waiting = {actor.ready.remote(): (index, 0) for index, actor in enumerate(self.actors)}
+        waiting = {ref: (index, 0) for index, ref in enumerate(self.begun)}
         engine = ("", "")
         while waiting:
             for ref in self._wait(list(waiting)):
@@ -336,9 +399,9 @@ class RayRuntime:
                 except LOST as error:
                     # A constructor that raises ends the actor for good; the reason is in the error.
                     if "creation task" in str(error) or tries >= MAX_DEATHS:
-                        raise RunError(f"client actor {index} could not start: {_last_line(str(error))}") from error
+                        raise RunError(f"client actor {index} could not start: {last_line(str(error))}") from error
                     time.sleep(POLL_SECONDS)
-                    waiting[self.actors[index].ready.remote()] = (index, tries + 1)
+                    waiting[self.actors[index].ready.remote(*self.tenant)] = (index, tries + 1)
         return engine
 
     def put(self, value: Broadcast | Server | View) -> Any:
@@ -395,7 +458,7 @@ class RayRuntime:
                     # Nothing is sent to a process that is not back: a call that fails there is a death of its own.
                     work.waiting[:0] = self._again(call, actor, error)
                     restart = _Call(cost=0.0, actor=actor, restart=True, tries=call.tries + 1 if call.restart else 0)
-                    work.flying[self.actors[actor].ready.remote()] = (restart, actor, None)
+                    work.flying[self.actors[actor].ready.remote(*self.tenant)] = (restart, actor, None)
                     continue
                 work.busy.discard(actor)
                 self._fill(work)  # before the answer is looked at: the slot shall not wait for the driver
@@ -462,6 +525,7 @@ class RayRuntime:
         except RayTaskError as error:
             raise _cause(error) from error
         if isinstance(reply, Failure):
+            reply.error.add_note(reply.trace)  # what happened there, for the log
             raise reply.error
         for result in getattr(reply, "results", ()):
             if result.record_changed:
@@ -478,7 +542,7 @@ class RayRuntime:
             del self.held_by[client]
         if call.restart:
             if call.tries >= MAX_RESTART_TRIES:
-                raise RunError(f"actor {actor} does not come back ({_last_line(str(error))}); see {self.log_path}")
+                raise RunError(f"actor {actor} does not come back ({last_line(str(error))}); see {self.log_path}")
             time.sleep(POLL_SECONDS)
             return []
         work = f"clients {', '.join(map(str, call.clients))}" if call.clients else "an evaluation"
@@ -495,7 +559,7 @@ class RayRuntime:
     def _count(self, deaths: int, whose: str, error: Exception) -> int:
         if deaths + 1 >= MAX_DEATHS:
             raise ClientError(
-                f"{whose} lost its actor {MAX_DEATHS} times ({_last_line(str(error))}); seed {self.seed}, "
+                f"{whose} lost its actor {MAX_DEATHS} times ({last_line(str(error))}); seed {self.seed}, "
                 f"log {self.log_path}"
             )
         return deaths + 1
@@ -514,10 +578,10 @@ class RayRuntime:
 def _cause(error: RayTaskError) -> Exception:
     """Our own error from inside a Ray task error; anything else as a RunError with its last line."""
     cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, FedrayError) else RunError(_last_line(str(error)))
+    return cause if isinstance(cause, FedrayError) else RunError(last_line(str(error)))
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "no reason given"
 
@@ -525,57 +589,134 @@ def _last_line(text: str) -> str:
 # -- the driver ------------------------------------------------------------------------------------------------------
 
 
+def start_clients(plan: Plan, group: PlacementGroup | None) -> list[Any]:
+    """The client actors of a plan, dealt out over its bundles; they load torch and wait for a run."""
+    remote = ray.remote(ClientActor)
+    return [
+        remote.options(
+            num_cpus=plan.actor_cpus,
+            num_gpus=plan.actor_gpus,
+            max_restarts=-1,
+            max_task_retries=0,
+            scheduling_strategy=None
+            if group is None
+            else PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index % plan.slots),
+        ).remote()
+        for index in range(plan.actors)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """A run for a driver. population: a list of one reference, which Ray therefore does not resolve; client actors get
+    it as it is. recording: see track.recording."""
+
+    sealed: Sealed
+    population: list[Any]
+    seed: int
+    recording: Any
+
+
 class DriverActor:
-    """One run, from its first round to its last. Owns the client actors: they end when it does."""
+    """Runs one run after another, each from its first round to its last. Owns the client actors: they end with it."""
 
-    def __init__(
-        self, sealed: Sealed, population: list[Any], plan: Plan, group: PlacementGroup, seed: int, recording: Any
-    ) -> None:
-        # population: a list of one reference, which Ray therefore does not resolve; client actors get it as it is.
-        self.sealed, self.population, self.recording = sealed, population, recording
-        self.plan, self.group, self.seed = plan, group, seed
+    def __init__(self, plan: Plan | None = None, group: PlacementGroup | None = None) -> None:
+        """Without a plan it waits for one, and for its clients: see `adopt`."""
+        self.plan, self.group = plan, group
         self.stopping = threading.Event()
+        self.clients: list[Any] | None = None
+        self.tenancy: Tenancy | None = None
 
-    def rounds(self) -> Iterator[dict[str, Any]]:
+    def adopt(self, plan: Plan, group: PlacementGroup, clients: list[Any]) -> None:
+        """Take over client actors that somebody else has started, for the runs to come."""
+        self.plan, self.group, self.clients = plan, group, clients
+
+    def warm(self) -> list[int]:
+        """Load torch here and in the client actors; all process ids, this one's first."""
+        found = [actor.process.remote() for actor in self._clients()]
+        self._load()
+        return [os.getpid(), *ray.get(found)]
+
+    def rounds(self, order: Order) -> Iterator[dict[str, Any]]:
         """The events of `drive`, for the main process."""
-        # The client processes start first and load torch while this one does.
-        runtime = RayRuntime(
-            plan=self.plan,
-            sealed=self.sealed,
-            population=self.population[0],
-            group=self.group,
-            seed=self.seed,
-            log_path=self.recording.log_path,
-            stop=self.stopping,
-        )
-        import torch
+        runtime: Any = None
+        assert self.plan is not None
+        try:
+            (population,) = order.population
+            if self._clients():
+                # They load torch and build their models while this process does the same.
+                runtime = RayRuntime(
+                    plan=self.plan,
+                    sealed=order.sealed,
+                    population=population,
+                    group=self.group,
+                    seed=order.seed,
+                    log_path=order.recording.log_path,
+                    stop=self.stopping,
+                    actors=self._clients(),
+                )
+            tenancy = self._load()
+            from fedray.sim.drive import drive
+            from fedray.sim.runtime import InlineRuntime
 
-        torch.set_num_threads(1)
-        from fedray.sim.drive import drive
-
-        spec = self.sealed.open()
-        yield from drive(spec, ray.get(self.population[0]), runtime, self.recording)
+            spec, whole = order.sealed.open(tenancy), fetch(ray.get(population))
+            if runtime is None:
+                runtime = InlineRuntime(spec, whole)
+            stream = drive(spec, whole, runtime, order.recording, memory_bytes=order.sealed.memory_bytes)
+            for event in stream:
+                yield event
+                if self.stopping.is_set() and not self.plan.actors and "end" not in event:
+                    # Nothing in this process looks up from its work but here.
+                    stream.close()
+                    yield {"end": "interrupted"}
+                    return
+        finally:
+            if isinstance(runtime, RayRuntime):
+                runtime.leave()
+            runtime = None
+            self.stopping.clear()
+            if self.tenancy is not None:
+                self.tenancy.move_out()
 
     def stop(self) -> None:
         """Ask the run to end after what it is doing; called from the main process beside `rounds`."""
         self.stopping.set()
 
+    def _clients(self) -> list[Any]:
+        if self.clients is None:
+            self.clients = [] if self.plan is None else start_clients(self.plan, self.group)
+        return self.clients
 
-def start_driver(
-    sealed: Sealed, population: Any, plan: Plan, group: PlacementGroup, *, seed: int, recording: Any
-) -> tuple[Any, Any]:
-    """Put the population into the object store and start a driver; returns the actor and its stream of events."""
+    def _load(self) -> Tenancy:
+        if self.tenancy is None:
+            import torch
+
+            torch.set_num_threads(1)
+            import fedray.sim.drive  # noqa: F401 - so that the first run finds it loaded
+
+            self.tenancy = Tenancy()
+        return self.tenancy
+
+
+def start_host(plan: Plan, group: PlacementGroup) -> Any:
+    """A driver in the first bundle of its group, without a run."""
     remote: Any = ray.remote  # its overloads do not know concurrency_groups
-    driver = (
+    return (
         remote(concurrency_groups={"control": 1})(DriverActor)
         .options(
             num_cpus=plan.driver_cpus,
+            num_gpus=plan.driver_gpus,
             max_restarts=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
         )
-        .remote(sealed, [ray.put(population)], plan, group, seed, recording)
+        .remote(plan, group)
     )
-    return driver, driver.rounds.options(num_returns="streaming").remote()
+
+
+def lone_driver() -> Any:
+    """A driver of nobody yet, that takes no CPU of the cluster's."""
+    remote: Any = ray.remote
+    return remote(concurrency_groups={"control": 1})(DriverActor).options(num_cpus=0, max_restarts=0).remote()
 
 
 def events(stream: Any) -> Iterator[dict[str, Any]]:
@@ -584,25 +725,25 @@ def events(stream: Any) -> Iterator[dict[str, Any]]:
         for ref in stream:
             yield ray.get(ref)
     except LOST as error:
-        raise RunError(f"the driver's process died: {_last_line(str(error))}") from error
+        raise RunError(f"the driver's process died: {last_line(str(error))}") from error
     except RayTaskError as error:
         raise _cause(error) from error
 
 
-def finish(driver: Any, stream: Any, group: PlacementGroup, *, interrupted: bool) -> None:
-    """Leave nothing behind. An interrupted run gets ten seconds to write what it has."""
+def wind_down(driver: Any, stream: Any) -> None:
+    """Ask an interrupted run to end and give it ten seconds to write what it has."""
     try:
-        if interrupted and stream is not None:
-            ray.get(driver.stop.options(concurrency_group="control").remote(), timeout=5)
-            deadline = time.monotonic() + 10
-            for ref in stream:
-                ray.get(ref, timeout=max(deadline - time.monotonic(), 0.1))
+        ray.get(driver.stop.options(concurrency_group="control").remote(), timeout=5)
+        deadline = time.monotonic() + 10
+        for ref in stream:
+            ray.get(ref, timeout=max(deadline - time.monotonic(), 0.1))
     except (*LOST, RayTaskError, GetTimeoutError, StopIteration):
         pass  # it is being ended anyway; what was finished is on disk
-    finally:
-        if driver is not None:
-            ray.kill(driver)
-        remove_placement_group(group)
+
+
+def give_up(group: PlacementGroup) -> None:
+    """Free the room of a run that has no processes yet."""
+    remove_placement_group(group)
 
 
 def reserve(plan: Plan, note: Callable[[str], None]) -> PlacementGroup:
@@ -624,7 +765,8 @@ def probe_gpu(sealed: Sealed, population: Any) -> tuple[int, int]:
 
         from fedray.sim.client import peak_gpu_bytes
 
-        return torch.cuda.get_device_properties(0).total_memory, peak_gpu_bytes(sealed.open(), population)
+        spec = sealed.open(Tenancy())
+        return torch.cuda.get_device_properties(0).total_memory, peak_gpu_bytes(spec, fetch(population))
 
     answer = ray.get(
         ray.remote(measure).options(num_gpus=1, max_retries=0, max_calls=1).remote(sealed, ray.put(population))

@@ -176,6 +176,17 @@ class Store:
         self.close()
 
 
+def end_run(folder: Path, status: Status, **fields: Any) -> None:
+    """Enter in the manifest how a run ended whose own process cannot do it any more, and `fields` such as `error`.
+
+    A run that has finished stays finished. Raises as `read_manifest` does.
+    """
+    manifest = read_manifest(folder)
+    if manifest.get("status") != "finished":
+        ended = {**manifest, **fields, "status": status, "ended": _now()}
+        _replace_file(Path(folder) / MANIFEST_FILE, _manifest_bytes(ended))
+
+
 def read_rows(folder: Path) -> list[Row]:
     """The rows of the finished rounds, in order; empty if none was finished. A torn last line is no row.
 
