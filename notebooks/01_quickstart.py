@@ -38,7 +38,7 @@ print(run.folder)
 #
 # ## Read
 #
-# `run.rows` has one dictionary for each round, with what is in `rounds.jsonl`. Round 0 is the model before training.
+# `run.rows` has one dictionary for each round, with what is in `rounds.jsonl`.
 # `fedray.Run(folder)` reads a run of another day.
 
 # %%

@@ -180,15 +180,8 @@ class ClientActor:
         return os.getpid()
 
     def rehearse(self) -> int:
-        """Record the step of a tiny model, so that what recording loads is there before the first run; the process
-        id."""
-        import torch
-        from torch import nn
-
-        from fedray.train.traced import TracedStep
-
-        with torch.random.fork_rng(devices=[]):
-            TracedStep(nn.Linear(2, 2), nn.functional.cross_entropy, torch.zeros(3, 2), torch.zeros(3).long())
+        """Load what the first run would load; the process id."""
+        _rehearse()
         return os.getpid()
 
     def ready(self, tenant: str, sealed: Sealed, population: Any) -> tuple[int, str, str]:
@@ -270,6 +263,22 @@ class ClientActor:
             return self.worker.evaluate(server, start, stop, batch_size, tag)
         except FedrayError as error:
             return Failure.of(error)
+
+
+def _rehearse() -> None:
+    """Record the step of a tiny model and count its FLOPs: half of torch's compiler is loaded for either."""
+    import torch
+    from torch import nn
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from fedray.train.traced import TracedStep
+
+    x, y = torch.zeros(3, 2), torch.zeros(3).long()
+    with torch.random.fork_rng(devices=[]):
+        module = nn.Linear(2, 2)
+    TracedStep(module, nn.functional.cross_entropy, x, y)
+    with FlopCounterMode(display=False):
+        module(x).sum().backward()
 
 
 def store(population: Population, stored: dict[tuple[int, ...], tuple[Any, Any]]) -> Any:
@@ -632,9 +641,10 @@ class DriverActor:
         self.plan, self.group, self.clients = plan, group, clients
 
     def warm(self) -> list[int]:
-        """Load torch here and in the client actors; all process ids, this one's first."""
-        found = [actor.process.remote() for actor in self._clients()]
+        """Load what the first run would load, here and in the client actors; all process ids, this one's first."""
+        found = [actor.rehearse.remote() for actor in self._clients()]
         self._load()
+        _rehearse()
         return [os.getpid(), *ray.get(found)]
 
     def rounds(self, order: Order) -> Iterator[dict[str, Any]]:

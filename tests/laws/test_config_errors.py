@@ -170,7 +170,10 @@ MISTAKES = {
     ("model.width=3",): ["model.width is not a setting"],
     ("model.hidden=[0]",): ["model.hidden is [0]"],
     ("model.hidden=wide",): ["model.hidden is 'wide'"],
-    ("wire.up.chain.float32._target_=fedray.wire.Float64",): ["wire.up.chain.float32._target_", "has no Float64: did you mean Float"],
+    ("wire.up.chain.float32._target_=fedray.wire.Float64",): [
+        "wire.up.chain.float32._target_",
+        "has no Float64: did you mean Float",
+    ],
     ("rounds",): ["'rounds' cannot be read", "key=value"],
     ("rounds=",): ["rounds is ''", "an integer"],
     ("rounds=[1,",): ["'rounds=[1,' cannot be read"],

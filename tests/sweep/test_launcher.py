@@ -168,7 +168,8 @@ def test_every_way_to_fail_is_one_row_and_the_others_finish(tmp_path: Path, sess
             (line,) = [line for line in err.splitlines() if f"({run})" in line]
             assert sentence in line
             assert f"mode={mode}" in line
-            assert len(read_rows(run)) == 1, mode  # the round before
+            # The round before is there; where the driver itself died it was still open, for its evaluation.
+            assert len(read_rows(run)) == (0 if "driver" in mode else 1), mode
     assert "ValueError: no luck" in (by_mode["raise"][0][0] / "log.txt").read_text()
     assert "Traceback" in (by_mode["raise"][0][0] / "log.txt").read_text()
     assert err.strip().splitlines()[-1].startswith("fedray: 10 of 12 runs failed")
