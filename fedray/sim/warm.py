@@ -385,6 +385,7 @@ def start(*, cpus: int, hosts: int) -> Up:
     folder = Path(tempfile.mkdtemp(prefix="fedray-up-"))
     token_path = _token(folder)
     environment = {**os.environ, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"  # nobody has to be warned before fedray down
     environment.pop("RAY_ADDRESS", None)
     environment["RAY_AUTH_MODE"] = "disabled" if token_path is None else "token"
     if token_path is not None:

@@ -388,7 +388,7 @@ def test_a_sweep_borrows_as_well_and_gives_back(up: Path, tmp_path: Path) -> Non
 
 @pytest.mark.ray
 def test_a_run_that_asks_for_a_cluster_of_its_own_gets_it(up: Path, tmp_path: Path) -> None:
-    done = run(tmp_path / "own", "runtime.num_cpus=1", state=up)
+    done = fedray(*RUN, "runtime.num_cpus=1", f"hydra.run.dir={tmp_path / 'own'}", state=up)
     assert done.returncode == 0, done.stderr
     assert "runtime.num_cpus asks for one of its own" in done.stdout
     assert "starting Ray ..." in done.stdout
