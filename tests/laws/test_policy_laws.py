@@ -449,6 +449,7 @@ CHANGES = {
     ("skew.Affine", "inversion"): (["skew=affine"], "skew.inversion=1.0"),
     ("augment.Crop", "padding"): (["augment=cifar"], "augment.crop.padding=1"),
     ("augment.Crop", "fill"): (["augment=cifar"], "augment.crop.fill=1.0"),
+    ("augment.Crop", "reflect"): (["augment=cifar"], "augment.crop.reflect=true"),
     ("augment.Flip", "probability"): (["augment=cifar"], "augment.flip.probability=0.0"),
     ("augment.Cutout", "size"): (
         ["+augment.cutout._target_=fedray.data.augment.Cutout", "+augment.cutout.size=2"],

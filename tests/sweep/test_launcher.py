@@ -198,6 +198,7 @@ def read_digests(run: Path) -> list[str]:
     return [row["digest"] for row in read_rows(run)]
 
 
+@pytest.mark.full
 def test_a_run_that_fails_is_tried_again_as_often_as_it_was_asked_for(tmp_path: Path, session: str) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -234,7 +235,7 @@ def test_a_sweep_that_was_killed_half_way_is_finished_with_the_same_bits(tmp_pat
         assert read_digests(run) == alone
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
 def test_an_interrupted_sweep_says_how_to_go_on_and_goes_on(
     tmp_path: Path, session: str, number: signal.Signals
 ) -> None:
@@ -260,20 +261,22 @@ def test_an_interrupted_sweep_says_how_to_go_on_and_goes_on(
     assert read_digests(first) == straight(tmp_path / "alone", f"rounds={last}", "seed=0")
 
 
+@pytest.mark.full
 def test_cells_without_ray_of_their_own_run_whole_in_one_process(tmp_path: Path, session: str) -> None:
     folder = tmp_path / "sweep"
     code, _, err = sweep(
-        tmp_path, session, "runtime=inline", *PRUNED, "seed=0,1,2", "pruner.every=1,7", f"hydra.sweep.dir={folder}"
+        tmp_path, session, "runtime=inline", *PRUNED, "seed=0,1,2", "pruner.sparsity=0.5,2", f"hydra.sweep.dir={folder}"
     )
-    assert code == 1, err  # an event every 7 rounds does not fit into 3
-    assert "pruner.every" in err
+    assert code == 1, err
+    assert err.count("pruner.sparsity is 2") == 3
     assert sorted(statuses(folder).values()) == ["finished"] * 3
     assert sorted(row["status"] for row in cells(folder)) == ["done"] * 3 + ["failed"] * 3
     for run in runs(folder).values():
         seed = read_manifest(run)["seed"]
-        assert read_digests(run) == straight(tmp_path / f"alone{seed}", *PRUNED, f"seed={seed}")
+        assert read_digests(run) == straight(tmp_path / f"alone{seed}", *PRUNED, "pruner.sparsity=0.5", f"seed={seed}")
 
 
+@pytest.mark.full
 def test_force_runs_what_is_done_again(tmp_path: Path, session: str) -> None:
     folder = tmp_path / "sweep"
     command = ["runtime=inline", "seed=0,1", "rounds=1", f"hydra.sweep.dir={folder}"]
@@ -348,6 +351,7 @@ def test_two_sweeps_on_one_cluster_of_two_nodes_end_and_use_both_nodes(tmp_path:
         cluster.shutdown()
 
 
+@pytest.mark.full
 def test_the_launcher_leaves_no_process_behind(tmp_path: Path, session: str) -> None:
     process = begin(tmp_path, session, "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep")
     process.communicate(timeout=600)
