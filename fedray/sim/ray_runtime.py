@@ -25,11 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import (
+    AuthenticationError,
     GetTimeoutError,
     ObjectLostError,
     OutOfMemoryError,
     OwnerDiedError,
     RayActorError,
+    RayError,
     RayTaskError,
     WorkerCrashedError,
 )
@@ -108,7 +110,7 @@ def connect(address: str | None, *, num_cpus: int | None, temp_dir: str | None, 
         try:
             _knock(wanted)
             ray.init(address=wanted, **quiet)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, RayError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(
                 f"runtime.address is {wanted!r}; no Ray cluster lets us in there ({reason}). {TOKEN_HELP}"
@@ -123,6 +125,9 @@ def connect(address: str | None, *, num_cpus: int | None, temp_dir: str | None, 
         raise ConfigError(
             f"runtime.temp_dir is {temp_dir!r}; Ray cannot work there ({error}). Choose a short path"
         ) from error
+    except AuthenticationError as error:
+        reason = str(error).strip().splitlines()[0].split(". ")[0]
+        raise ConfigError(f"Ray does not start here ({reason}). {TOKEN_HELP}") from error
     return True
 
 

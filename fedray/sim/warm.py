@@ -19,6 +19,7 @@ import platform
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -392,7 +393,9 @@ def start(*, cpus: int, hosts: int) -> Up:
         environment.pop("RAY_AUTH_TOKEN", None)
         environment["RAY_AUTH_TOKEN_PATH"] = token_path
     log = folder / "up.log"
-    command = ["-m", "ray.scripts.scripts", "start", "--head", "--block", "--port=0", "--node-ip-address=127.0.0.1"]
+    command = ["-m", "ray.scripts.scripts", "start", "--head", "--block", "--port=0"]
+    # With its fixed ports it could not stand beside another Ray of this machine.
+    command += [f"--ray-client-server-port={_free_port()}", "--dashboard-agent-listen-port=0"]
     command += [f"--num-cpus={cpus}", "--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={folder}"]
     with log.open("wb") as output:
         child = subprocess.Popen(
@@ -493,6 +496,13 @@ def _address(folder: Path, child: subprocess.Popen[bytes], log: Path) -> str:
                 return found
         time.sleep(0.05)
     raise RunError(f"Ray did not start within {START_SECONDS:.0f} s; {_last_words(log)}")
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("", 0))
+        port: int = found.getsockname()[1]
+        return port
 
 
 def _last_words(log: Path) -> str:

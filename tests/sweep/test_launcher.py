@@ -312,11 +312,9 @@ def test_two_launchers_on_one_folder_run_every_cell_once(tmp_path: Path, session
 def test_two_sweeps_on_one_cluster_of_two_nodes_end_and_use_both_nodes(tmp_path: Path, session: str) -> None:
     import ray
     from ray.cluster_utils import Cluster
-    from ray.util.state import list_actors
 
     cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 1, "include_dashboard": True, "dashboard_port": 0, "temp_dir": session},
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "temp_dir": session}
     )
     try:
         cluster.add_node(num_cpus=1)
@@ -327,14 +325,11 @@ def test_two_sweeps_on_one_cluster_of_two_nodes_end_and_use_both_nodes(tmp_path:
             begin(tmp_path, session, *common, f"seed={seeds}", f"hydra.sweep.dir={tmp_path}/{name}")
             for name, seeds in (("one", "0,1,2,3"), ("two", "4,5,6,7"))
         ]
-        nodes: dict[str, set[str]] = {"DriverActor": set(), "ClientActor": set()}
-        deadline = time.monotonic() + 300
+        nodes: dict[str, set[int]] = {"DriverActor": set(), "ClientActor": set()}
+        deadline = time.monotonic() + 900
         while any(process.poll() is None for process in both) and time.monotonic() < deadline:
-            for actor in list_actors(
-                address=cluster.address, filters=[("state", "=", "ALIVE")], limit=1000, detail=True
-            ):
-                if actor.class_name in nodes and actor.node_id:
-                    nodes[actor.class_name].add(actor.node_id)
+            for kind in nodes:
+                nodes[kind] |= raylets_of(kind, session)
             time.sleep(0.5)
         for process in both:
             _, err = process.communicate(timeout=10)
@@ -342,13 +337,28 @@ def test_two_sweeps_on_one_cluster_of_two_nodes_end_and_use_both_nodes(tmp_path:
         assert {name: len(found) for name, found in nodes.items()} == {"DriverActor": 2, "ClientActor": 2}
         assert list(statuses(tmp_path / "one").values()) == ["finished"] * 4
         assert list(statuses(tmp_path / "two").values()) == ["finished"] * 4
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while ray.available_resources().get("CPU") != 2.0 and time.monotonic() < deadline:
             time.sleep(0.5)
         assert ray.available_resources()["CPU"] == 2.0
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def raylets_of(kind: str, session: str) -> set[int]:
+    """Process ids of the raylets, one a node, that have actors of this class now."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if not (process / "cmdline").read_bytes().startswith(f"ray::{kind}".encode()):
+                continue
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            if session.encode() in Path(f"/proc/{parent}/cmdline").read_bytes():
+                found.add(parent)
+        except OSError:
+            continue  # it has just ended
+    return found
 
 
 @pytest.mark.full
