@@ -42,7 +42,7 @@ class Progress:
 
     mode:    "live" is a table that updates itself, "plain" one line per round, "none" prints nothing at all (notes
              and summary included); "auto" is "live" in a terminal and "plain" elsewhere.
-    rounds:  how many rounds the run has; they are numbered from 1, and row 0 is the model before training.
+    rounds:  how many rounds the run has; they are numbered from 1.
     title:   one line that names the run.
     console: where to print; None is standard output.
     """
