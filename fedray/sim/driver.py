@@ -176,12 +176,17 @@ class Driver:
                 waiting = self._settle(round, cohort, sums, results)
                 waiting.old_mask, waiting.extra = old_mask, asked + waiting.extra
                 waiting.asked_flops = asked_flops
-            except FedrayError:
+            except FedrayError as error:
                 # The rounds before are complete but for an evaluation: a failure now must not lose them.
                 for done in finished:
                     yield self._record(done)
                 if waiting is not None:
-                    yield self._finish(waiting)
+                    try:
+                        last = self._finish(waiting)
+                    except FedrayError as another:  # what went wrong first is what the user has to know
+                        error.add_note(f"round {waiting.round} was not recorded: {another}")
+                    else:
+                        yield last
                 raise
             waiting.download_s = download_s
             now, cpu_now = time.perf_counter(), time.process_time()

@@ -383,6 +383,7 @@ class RayRuntime:
         self.held_by: dict[int, int] = {}  # the actor that has a client's committed record in its memory
         self.moved: dict[int, set[int]] = {}  # clients whose records an actor need not keep any more
         self.deaths: dict[int, int] = {}
+        self.gone: set[int] = set()  # actors that died and have not said since that they host this run
         self.losses: list[str] = []  # for the log
         self.actors: list[Any] = list(start_clients(plan, group) if actors is None else actors)
         # What a process is told when it begins, and again when it was restarted.
@@ -427,9 +428,7 @@ class RayRuntime:
         """At most one call in flight per slot and per actor; training first, the longest first."""
         waiting = sorted(self._train_calls(clients), key=lambda call: -call.cost)
         waiting += [_Call(cost=0.0, actor=None, evaluation=work) for work in evaluations]
-        work = _Work(broadcast=broadcast, waiting=waiting)
-        self._fill(work)
-        return self._answers(work)
+        return self._answers(self._open(broadcast, waiting))
 
     def ask(
         self, question: Question, broadcast: Any, clients: Sequence[tuple[int, float]], *arguments: Any
@@ -443,9 +442,7 @@ class RayRuntime:
             _Call(cost=float(len(members)), actor=actor, clients=tuple(sorted(members)), question=asked)
             for actor, members in chunks.items()
         ]
-        work = _Work(broadcast=broadcast, waiting=waiting)
-        self._fill(work)
-        return self._answers(work)
+        return self._answers(self._open(broadcast, waiting))
 
     def snapshot(self) -> Any:
         """The committed records as they are now; references, so that nothing is loaded or copied."""
@@ -462,6 +459,20 @@ class RayRuntime:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
+    def _open(self, broadcast: Any, waiting: list[_Call]) -> _Work:
+        """Send the first calls. A process that died when another piece of work was given up has nothing of this run."""
+        work = _Work(broadcast=broadcast, waiting=waiting)
+        for actor in sorted(self.gone):
+            work.busy.add(actor)
+            self._restart(work, actor, tries=0)
+        self._fill(work)
+        return work
+
+    def _restart(self, work: _Work, actor: int, tries: int) -> None:
+        """Have a process that Ray starts again host this run, before anything else is sent to it."""
+        call = _Call(cost=0.0, actor=actor, restart=True, tries=tries)
+        work.flying[self.actors[actor].ready.remote(*self.tenant)] = (call, actor, None)
+
     def _answers(self, work: _Work) -> Iterator[Any]:
         while work.flying:
             for ref in self._wait(list(work.flying)):
@@ -470,10 +481,12 @@ class RayRuntime:
                     reply = self._receive(ref, actor, records)
                 except LOST as error:
                     # Nothing is sent to a process that is not back: a call that fails there is a death of its own.
+                    self.gone.add(actor)
                     work.waiting[:0] = self._again(call, actor, error)
-                    restart = _Call(cost=0.0, actor=actor, restart=True, tries=call.tries + 1 if call.restart else 0)
-                    work.flying[self.actors[actor].ready.remote(*self.tenant)] = (restart, actor, None)
+                    self._restart(work, actor, tries=call.tries + 1 if call.restart else 0)
                     continue
+                if call.restart:
+                    self.gone.discard(actor)
                 work.busy.discard(actor)
                 self._fill(work)  # before the answer is looked at: the slot shall not wait for the driver
                 if not call.restart:

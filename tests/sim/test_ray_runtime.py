@@ -238,3 +238,63 @@ def test_code_beside_the_users_yaml_is_importable_in_actors(cluster: None, tmp_p
     )
     run = fedray.run([*PLAIN, "pruner=half"], config_dir=source, folder=tmp_path / "run")
     assert run.final["model/sparsity"] == pytest.approx(0.5, abs=1e-3)
+
+
+class Fatal:
+    """Whoever loads this is gone."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (1,)
+
+
+def test_a_process_that_is_back_hosts_the_run_again_before_anything_is_sent_to_it(cluster: None) -> None:
+    """Also where the work that it died under was given up: the evaluation of the round before still has to be done."""
+    import ray.cloudpickle as cloudpickle
+    from hydra import compose, initialize_config_dir
+    from ray.exceptions import RayError
+
+    from fedray.config import assemble, conf_folder, register
+    from fedray.sim import ray_runtime
+    from fedray.sim.client import Worker
+    from fedray.sim.driver import Driver
+    from fedray.sim.plan import make_plan
+    from fedray.sim.runtime import EvalWork
+
+    register()
+    with initialize_config_dir(conf_folder(), version_base="1.3"):
+        made = assemble(compose("config", overrides=PLAIN))
+    plan = make_plan(
+        ray_runtime.look_at_cluster(), num_clients=16, cohort=8, clients_per_actor=16, slots=1, device="cpu",
+        client_gpu_bytes=0,
+    )  # fmt: skip
+    group = ray_runtime.reserve(plan, print)
+    runtime = ray_runtime.RayRuntime(
+        plan=plan, sealed=ray_runtime.Sealed(code=b"", spec=cloudpickle.dumps(made.spec)),
+        population=ray.put(made.population), group=group, seed=0, log_path="", stop=threading.Event(),
+    )  # fmt: skip
+    try:
+        runtime.wait_ready()
+        server = Driver(made.spec, made.population, runtime, Worker(made.spec, made.population), None).server
+        work = [EvalWork(handle=runtime.put(server), start=0, stop=100, batch_size=50, tag="test")]
+        (before,) = runtime.start(None, (), work)
+        (actor,) = runtime.actors
+        first = ray.get(actor.process.remote())
+        runtime.deaths = {0: 2}
+        with pytest.raises(ClientError, match="client 0 lost its actor 3 times"):
+            list(runtime.start(ray.put(Fatal()), [(0, 1.0)], []))
+        deadline = time.monotonic() + 60
+        second = first
+        while second == first and time.monotonic() < deadline:
+            try:
+                second = ray.get(actor.process.remote())
+            except RayError:
+                time.sleep(0.1)
+        assert second != first
+        (after,) = runtime.start(None, (), work)
+        assert {name: list(values) for name, values in after.scores.items()} == {
+            name: list(values) for name, values in before.scores.items()
+        }
+    finally:
+        for actor in runtime.actors:
+            ray.kill(actor)
+        ray_runtime.give_up(group)
