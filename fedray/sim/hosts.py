@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from fedray.errors import FedrayError, RunError
@@ -136,7 +136,11 @@ class Hosts:
             self._tell(wanted)
             return None
         del self.wanted[plan.shape]
-        return start_team(plan, wanted.group, self.lender)
+        try:
+            return start_team(plan, wanted.group, self.lender)
+        except BaseException:
+            remove_placement_group(wanted.group)
+            raise
 
     def put_back(self, team: Team) -> None:
         """Take back a team that `place` gave and no run needs."""
@@ -206,6 +210,8 @@ class Hosts:
             cause = getattr(error, "cause", None)
             ours = cause if isinstance(cause, FedrayError) else RunError(last_line(str(error)))
             return self._ended(run, {"end": "failed", "error": ours, "trace": str(error)})
+        except RayError as error:  # a node, the room, the object store: whatever it was, this run has lost it
+            return self._ended(run, _died(last_line(str(error)), trace=str(error)))
         if "end" not in event:
             return event
         run.end = event  # its process still tidies up

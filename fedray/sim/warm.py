@@ -2,8 +2,8 @@
 
 A process costs seconds to start and a run is often shorter, so a pool keeps some and lends them to one run after
 another. The pool is an actor of the cluster; which cluster there is stands in a file, $FEDRAY_CLUSTER or
-~/.cache/fedray/cluster.json. This module imports ray only where it is needed: whoever looks for a cluster may have to
-set Ray's environment first.
+~/.cache/fedray/cluster-MACHINE.json. This module imports ray only where it is needed: whoever looks for a cluster may
+have to set Ray's environment first.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ class Up:
 def state_file() -> Path:
     """Where the cluster of this user is written down."""
     named = os.environ.get(STATE_VARIABLE)
-    return Path(named or "~/.cache/fedray/cluster.json").expanduser()
+    # Machines may share a home folder, and each has a cluster of its own.
+    return Path(named or f"~/.cache/fedray/cluster-{platform.node()}.json").expanduser()
 
 
 def find_cluster() -> Up | None:
@@ -314,7 +315,11 @@ class Lender:
         lease: Lease | None = ray.get(self._pool.borrow.remote(plan.actors, me))
         if lease is None:
             return None
-        ray.get(lease.driver.adopt.remote(plan, group, list(lease.clients)))
+        try:
+            ray.get(lease.driver.adopt.remote(plan, group, list(lease.clients)))
+        except ray.exceptions.RayError:  # it has died while nobody used it: the pool starts another
+            ray.get(self._pool.give_back.remote(lease.number, False))
+            return None
         team = Team(plan, group, lease.driver, lender=self._take_back)
         self._leases[id(team)] = lease.number
         return team
@@ -554,7 +559,10 @@ def _make_room(why: str) -> None:
     except (OSError, ValueError, TypeError):
         before = None
     if before is None or (before.machine, before.user) != (platform.node(), _user()):
-        raise ConfigError(why)
+        raise ConfigError(
+            f"{why.split(' and is ignored', maxsplit=1)[0]}; fedray up leaves it alone: give fedray down there, or "
+            f"name another file in {STATE_VARIABLE}"
+        )
     if before.head.lives:
         raise ConfigError(f"{why} again")
     print(why.split(" and is ignored", maxsplit=1)[0])

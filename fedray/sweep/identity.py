@@ -52,7 +52,11 @@ def label(overrides: Sequence[str]) -> str:
 def folder_name(label: str, run_id: str) -> str:
     """`pruner-magnitude_sparsity-0.5_seed-1-0a1b2c3d`: nothing in it that a shell or an override has to quote."""
     words = [re.sub(r"[^A-Za-z0-9.+-]+", "-", word).strip("-") for word in label.split(", ")]
-    readable = "_".join(word for word in words if word)[:LABEL_LENGTH].rstrip("-_.")
+    readable = "_".join(word for word in words if word)
+    if len(readable) > LABEL_LENGTH:
+        # Cells whose labels differ only behind the cut have folders of their own.
+        readable = f"{readable[: LABEL_LENGTH - 9].rstrip('-_.')}_{stand_in([label])[:8]}"
+    readable = readable.rstrip("-_.")
     return f"{readable or 'run'}-{run_id[:ID_DIGITS]}"
 
 
@@ -65,20 +69,38 @@ def place(root: Path, run_ids: Sequence[str], differences: Sequence[Sequence[str
     """The folder of each cell below `root`: the one that already holds its run, else one by its label.
 
     The label of a cell changes with the sweep that it is in; its run keeps its folder. Cells that differ in something
-    that a run's id leaves out, as in rounds=10,20, have one run each all the same, in folders by their labels.
+    that a run's id leaves out, as in rounds=10,20, have one run each all the same, in folders by their labels; so
+    where the same run is in several folders, or asked for more than once, none of them is taken for another.
+
+    Raises ConfigError where two cells would have one folder.
     """
     there = {path.name for path in root.iterdir()} if root.is_dir() else set()
     by_id: dict[str, list[str]] = {}
     for name in sorted(there):
         by_id.setdefault(name.rpartition("-")[2], []).append(name)
-    folders = []
+    folders: list[Path] = []
     for run_id, differs in zip(run_ids, differences, strict=True):
         name = folder_name(label(differs), run_id)
         outside = any(_root(override) in OUTSIDE for override in differs)
-        if name not in there and not outside:
-            name = next((old for old in by_id.get(run_id[:ID_DIGITS], ()) if _holds(root / old, run_id)), name)
+        if name not in there and not outside and run_ids.count(run_id) == 1:
+            olds = [old for old in by_id.get(run_id[:ID_DIGITS], ()) if _holds(root / old, run_id)]
+            name = olds[0] if len(olds) == 1 else name
+        if root / name in folders:
+            raise ConfigError(
+                f"two cells of the sweep would have the folder {name}: {', '.join(differs) or 'no override'} and "
+                "another that its name does not tell from it; make a sweep of each"
+            )
         folders.append(root / name)
     return folders
+
+
+def distinct(run_ids: Sequence[str], differences: Sequence[Sequence[str]], rounds: Sequence[int]) -> list[int]:
+    """Positions of the cells that are runs of their own: of equal ones, however they were written, the first."""
+    seen: dict[tuple[object, ...], int] = {}
+    for at, (run_id, differs, length) in enumerate(zip(run_ids, differences, rounds, strict=True)):
+        outside = tuple(override for override in differs if _root(override) in OUTSIDE)
+        seen.setdefault((run_id, outside, length), at)
+    return list(seen.values())
 
 
 def left_to_do(folder: Path, run_id: str, rounds: int) -> Left:

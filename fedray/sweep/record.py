@@ -12,6 +12,7 @@ import os
 import platform
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,17 +66,25 @@ def write_sweep(folder: Path, facts: Mapping[str, Any], rows: Sequence[Row]) -> 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock for a moment; one that was left behind is broken."""
-    began = time.monotonic()
-    while not _take(path, "{}"):
-        if time.monotonic() - began > LOCK_SECONDS:
-            path.unlink(missing_ok=True)
-            began = time.monotonic()
+    """Hold a lock for a moment; one that was left behind is broken: the same one must have been there all the time."""
+    mine, seen, since = uuid.uuid4().hex, None, time.monotonic()
+    while not _take(path, mine):
+        now, there = time.monotonic(), _text(path)
+        if there is None or there != seen:
+            seen, since = there, now
+        elif now - since > LOCK_SECONDS:
+            # Of several that wait, one removes it: a second name is given to a file only once.
+            aside = path.with_name(f"{path.name}.{mine}")
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(aside)
+            aside.unlink(missing_ok=True)
+            seen = None
         time.sleep(0.02)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        if _text(path) == mine:
+            path.unlink(missing_ok=True)
 
 
 class Claims:
@@ -107,8 +116,13 @@ class Claims:
 
     def take(self, name: str) -> str | None:
         """Claim the cell of this folder's name; None if it is ours now, else who has it."""
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # a launcher that ended has removed the folder meanwhile
+                return self._claim(name)
+
+    def _claim(self, name: str) -> str | None:
         path, mine = self.folder / name, json.dumps(_me())
-        self.folder.mkdir(exist_ok=True)
         if not _take(path, mine):
             with _locked(path.with_name(f"{name}.lock")):
                 holder = self._holder(path)
@@ -125,24 +139,21 @@ class Claims:
         path = self.folder / name
         with self._lock:
             self.held.discard(path)
-        path.unlink(missing_ok=True)
+        if _holder_of(_text(path)) == _me():
+            path.unlink(missing_ok=True)
 
     def _holder(self, path: Path) -> str | None:
         """Who has this claim; None if nobody is behind it any more."""
         try:
             age = self._now() - path.stat().st_mtime
-            text = path.read_text()
+            holder = _holder_of(path.read_text())
         except FileNotFoundError:
             return None
-        try:
-            holder = json.loads(text)
-        except ValueError:
-            holder = {}  # it is being written, or a crash has cut it off
-        if holder.get("host") == platform.node() and not _lives(holder):
-            return None
-        if age > STALE_SECONDS:
-            return None
-        return f"process {holder.get('pid')} on {holder.get('host')}"
+        who = f"process {holder.get('pid')} on {holder.get('host')}"
+        if holder and (holder.get("host"), holder.get("space", _space())) == (platform.node(), _space()):
+            # It may be stopped and renew nothing; its runs go on all the same.
+            return who if _lives(holder) else None
+        return None if age > STALE_SECONDS else who
 
     def _now(self) -> float:
         """The time by the clock of the folder, which may be another machine's."""
@@ -157,7 +168,8 @@ class Claims:
             with self._lock:
                 for path in self.held:
                     with contextlib.suppress(OSError):
-                        os.utime(path)
+                        if _holder_of(_text(path)) == _me():  # else somebody took us for gone
+                            os.utime(path)
 
 
 def _take(path: Path, text: str) -> bool:
@@ -173,8 +185,32 @@ def _take(path: Path, text: str) -> bool:
     return True
 
 
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return None
+
+
+def _holder_of(text: str | None) -> Row:
+    """What a claim says; {} where it is being written, or a crash has cut it off."""
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _me() -> Row:
-    return {"host": platform.node(), "pid": os.getpid(), "began": _began(os.getpid())}
+    return {"host": platform.node(), "space": _space(), "pid": os.getpid(), "began": _began(os.getpid())}
+
+
+def _space() -> str:
+    """Where process numbers mean the same: this start of this machine, and in a container this one. "" if not told."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def _lives(holder: Mapping[str, Any]) -> bool:

@@ -78,7 +78,8 @@ class Options:
 class _Cell:
     """A cell and what became of it.
 
-    begun: when its run began, by time.monotonic(). elsewhere: whether another launcher has it.
+    begun: when its run began, by time.monotonic(). elsewhere: whether another launcher has it. before: the manifest in
+    its folder when the command was given; None where there was none.
     """
 
     request: Request
@@ -93,6 +94,7 @@ class _Cell:
     begun: float = 0.0
     recording: Recording | None = None
     elsewhere: bool = False
+    before: str | None = None
     shown: board_room.Cell | None = None
 
     @property
@@ -167,7 +169,7 @@ class _Sweep:
         self.board = board_room.Board("none", ())
         self.stored: dict[tuple[int, ...], tuple[Any, Any]] = {}
         self.populations: dict[int, tuple[Any, Any]] = {}
-        self.cards: dict[str, tuple[int, int]] = {}
+        self.cards: dict[str, tuple[int, int] | FedrayError] = {}
 
     # -- before anything starts ----------------------------------------------------------------------------------
 
@@ -188,12 +190,13 @@ class _Sweep:
                 self._refuse(cell, error)
                 cell.id = ""
         ids = [cell.id or identity.stand_in(cell.request.overrides) for cell in self.cells]
-        for cell, path in zip(self.cells, identity.place(self.folder, ids, self.differences), strict=True):
+        kept = identity.distinct(ids, self.differences, [cell.rounds for cell in self.cells])
+        self.cells = [self.cells[at] for at in kept]  # the same run twice is one run
+        self.differences = [self.differences[at] for at in kept]
+        folders = identity.place(self.folder, [ids[at] for at in kept], self.differences)
+        for cell, path in zip(self.cells, folders, strict=True):
             cell.folder = path
-        once: dict[Path, _Cell] = {}
-        for cell in self.cells:
-            once.setdefault(cell.folder, cell)
-        self.cells = list(once.values())  # the same run twice is one run
+            cell.before = _written(path)
         self._check_agreement()
         for cell in self.cells:
             if cell.status != "waiting" or self.options.force:
@@ -334,7 +337,11 @@ class _Sweep:
 
     def _claim(self, cell: _Cell) -> identity.Left | None:
         """What is left to do of a cell that is now ours; None where there is nothing, or it is not."""
-        holder = self.claims.take(cell.name)
+        try:
+            holder = self.claims.take(cell.name)
+        except OSError as error:
+            self._end(cell, "failed", _ours(error))
+            return None
         if holder is not None:
             self.board.note(f"{cell.label} is being run by {holder}; it is left to that")
             cell.elsewhere = True
@@ -351,7 +358,8 @@ class _Sweep:
     def _left(self, cell: _Cell) -> identity.Left | None:
         """What is left to do now that the cell is ours; None where its folder cannot be used."""
         try:
-            if self.options.force and cell.tries == 0:
+            # What another launcher has done since this command was given is as new as it was asked for.
+            if self.options.force and cell.tries == 0 and _written(cell.folder) == cell.before:
                 _clear(cell.folder)
             return identity.left_to_do(cell.folder, cell.id, cell.rounds)
         except (FedrayError, OSError) as error:
@@ -480,7 +488,10 @@ class _Sweep:
         sealed, device = self._seal(made)
         cluster, client_bytes = self.cluster, 0
         if device == "cuda":
-            gpu_bytes, client_bytes = self.cards[_card_key(made)]
+            card = self.cards[_card_key(made)]
+            if isinstance(card, FedrayError):
+                raise card
+            gpu_bytes, client_bytes = card
             cluster = replace(cluster, gpu_bytes=gpu_bytes)
         plan = self._plan(made, cluster, device, client_bytes)
         if made.runtime.memory_gb == "auto" and device == "cpu" and sys.platform == "linux":
@@ -542,10 +553,13 @@ class _Sweep:
                 made = self._assemble(cell)
             except Exception:  # it comes again when the cell has its turn
                 continue
-            sealed, device = self._seal(made)
-            if device == "cuda" and _card_key(made) not in self.cards:
-                self.board.note(f"trying one client of {cell.label} on a GPU ...")
-                self.cards[_card_key(made)] = ray_runtime.probe_gpu(sealed, made.population)
+            try:
+                sealed, device = self._seal(made)
+                if device == "cuda" and _card_key(made) not in self.cards:
+                    self.board.note(f"trying one client of {cell.label} on a GPU ...")
+                    self.cards[_card_key(made)] = ray_runtime.probe_gpu(sealed, made.population)
+            except Exception as error:  # the failure of this kind of cell, and of no other
+                self.cards[_card_key(made)] = _ours(error)
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -584,6 +598,14 @@ def _card_key(made: Assembly) -> str:
     kinds = {group: config[group] for group in ("data", "model", "trainer", "batch_norm", "eval", "personal")}
     kinds |= {group: config[group].get("_target_") for group in ("pruner", "strategy")}
     return repr((kinds, config["correction"]))
+
+
+def _written(folder: Path) -> str | None:
+    """The manifest in a folder, as it stands there; None where there is none, or it cannot be read."""
+    try:
+        return (folder / MANIFEST_FILE).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
 
 
 def _clear(folder: Path) -> None:

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from fedray import config as config_room
 from fedray.config import Shared, assemble, conf_folder, register, resolved
 from fedray.errors import ConfigError
-from fedray.sweep.identity import folder_name, label, left_to_do, place, varying
+from fedray.sweep.identity import distinct, folder_name, label, left_to_do, place, varying
 
 SMALL = ["data=digits", "num_clients=6", "cohort=3"]
 
@@ -93,6 +93,9 @@ def test_a_label_says_only_what_differs_and_a_folder_needs_no_quotes() -> None:
     assert name == "partition-alpha-0.1-x-1-2_source-a-b-c-01234567"
     assert folder_name("", "0123456789abcdef") == "run-01234567"
     assert len(folder_name("k=" + "x" * 999, "0123456789abcdef")) < 120
+    # What differs behind the cut is not lost.
+    long = [folder_name(f"k={'x' * 200}, rounds={rounds}", "0123456789abcdef") for rounds in (10, 20)]
+    assert long[0] != long[1]
 
 
 def test_a_run_keeps_its_folder_when_another_sweep_labels_it_otherwise(tmp_path: Path) -> None:
@@ -103,6 +106,23 @@ def test_a_run_keeps_its_folder_when_another_sweep_labels_it_otherwise(tmp_path:
     other = run_id[:8] + "0" * 8
     assert place(tmp_path, [other], [["seed=5"]]) == [tmp_path / f"seed-5-{run_id[:8]}"]
     assert place(tmp_path, [run_id], [["rounds=20"]]) == [tmp_path / f"rounds-20-{run_id[:8]}"]
+
+
+def test_where_one_run_is_there_in_two_lengths_neither_is_taken_for_the_other(tmp_path: Path) -> None:
+    run_id = "ab" * 8
+    for rounds in (10, 20):
+        a_run(tmp_path / f"rounds-{rounds}-{run_id[:8]}")
+    assert place(tmp_path, [run_id], [["seed=0"]]) == [tmp_path / f"seed-0-{run_id[:8]}"]
+    two = place(tmp_path / "other", [run_id, run_id], [["+experiment=short"], ["+experiment=long"]])
+    assert len(set(two)) == 2
+    with pytest.raises(ConfigError, match="two cells of the sweep would have the folder name-a-b-"):
+        place(tmp_path / "other", [run_id, run_id], [["name='a b'"], ["name=a-b"]])
+
+
+def test_equal_runs_are_one_however_they_are_written() -> None:
+    ids = ["a", "a", "b", "a", "a"]
+    differs = [["pruner=x"], ["pruner=x", "pruner.sparsity=0.8"], ["pruner=y"], ["pruner=x", "name=n"], ["pruner=x"]]
+    assert distinct(ids, differs, [10, 10, 10, 10, 20]) == [0, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -184,6 +187,17 @@ def test_every_way_to_fail_is_one_row_and_the_others_finish(tmp_path: Path, sess
             later = [name for name, pids in seen.items() if pid in pids and name != run.name]
             assert all(read_manifest(folder / name)["status"] == "finished" for name in later)
 
+    # The table and the page name every one of them with its reason.
+    table = reported("table", folder)
+    reported("report", folder, "--out", tmp_path / "page.html")
+    page = html.unescape((tmp_path / "page.html").read_text())
+    for mode, sentence in said.items():
+        for run, _ in by_mode[mode]:
+            assert run.name in table, mode
+            assert run.name in page, mode
+        assert sentence in table, mode
+        assert sentence in page, mode
+
     # Mended, the same command repeats what failed and nothing else.
     (tmp_path / "mine" / "bad.py").write_text(BAD.replace("ctx.round >= self.at", "False"))
     code, out, err = sweep(tmp_path, session, *command, options=bad)
@@ -192,6 +206,14 @@ def test_every_way_to_fail_is_one_row_and_the_others_finish(tmp_path: Path, sess
     assert set(statuses(folder).values()) == {"finished"}
     digest = {tuple(read_digests(run)) for found in by_mode.values() for run, _ in found}
     assert len(digest) == 2  # one for each seed
+
+
+def reported(command: str, folder: Path, *options: str | Path) -> str:
+    """What a command about a folder prints; it must succeed."""
+    words = [sys.executable, "-m", "fedray", command, str(folder), *map(str, options)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def read_digests(run: Path) -> list[str]:

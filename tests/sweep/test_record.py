@@ -137,3 +137,73 @@ def test_a_claim_is_renewed_while_it_is_held(tmp_path: Path, monkeypatch: pytest
         while (claims.folder / "cell").stat().st_mtime < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
         assert (claims.folder / "cell").stat().st_mtime > 2
+
+
+def test_a_launcher_that_is_stopped_keeps_its_claim(tmp_path: Path) -> None:
+    """After Ctrl-Z nothing renews the claim, and the run goes on."""
+    code = (
+        "import sys, time; from pathlib import Path; from fedray.sweep.record import Claims\n"
+        "claims = Claims(Path(sys.argv[1])); claims.take('cell'); print('held', flush=True); time.sleep(300)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with Claims(tmp_path) as claims:
+            os.utime(claims.folder / "cell", (1, 1))
+            assert claims.take("cell") == f"process {holder.pid} on {platform.node()}"
+            claims.release("cell")  # of a launcher that does not have it
+            assert (claims.folder / "cell").is_file()
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_process_numbers_of_another_container_say_nothing(tmp_path: Path) -> None:
+    with Claims(tmp_path) as claims:
+        far = {"host": platform.node(), "space": "another", "pid": 2**22 + 1, "began": "1"}
+        (claims.folder / "cell").write_text(json.dumps(far))
+        assert claims.take("cell") is not None
+
+
+def test_a_claim_is_taken_although_another_launcher_has_just_removed_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take, removed = record._take, []
+
+    def removing(path: Path, text: str) -> bool:
+        if not removed:
+            removed.append(path.parent)
+            path.parent.rmdir()
+        return take(path, text)
+
+    with Claims(tmp_path) as claims:
+        monkeypatch.setattr(record, "_take", removing)
+        assert claims.take("cell") is None
+    assert removed
+
+
+def test_a_lock_is_broken_if_it_was_left_behind_and_not_because_many_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "LOCK_SECONDS", 0.3)
+    inside, most = [0], [0]
+    guard = threading.Lock()
+
+    def hold() -> None:
+        with record._locked(tmp_path / "lock"):
+            with guard:
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+            time.sleep(0.1)
+            with guard:
+                inside[0] -= 1
+
+    (tmp_path / "lock").write_text("left behind")
+    waiting = [threading.Thread(target=hold) for _ in range(8)]
+    for thread in waiting:
+        thread.start()
+    for thread in waiting:
+        thread.join()
+    assert most[0] == 1
+    assert list(tmp_path.iterdir()) == []

@@ -18,6 +18,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from sweeping import cells, digests, runs, statuses
 
+from fedray import launch
 from fedray.config import conf_folder, register, resolved
 from fedray.errors import ConfigError, RunError
 from fedray.launch import Interrupted
@@ -288,6 +289,54 @@ def test_force_runs_what_is_done_from_the_start(tmp_path: Path, composed: Any) -
     assert len(Hosts.started) == 2
     assert "resumed" not in read_manifest(run)
     assert digests(tmp_path) == bits
+
+
+def test_force_keeps_what_another_launcher_did_after_the_command_was_given(
+    tmp_path: Path, composed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Hosts, "rooms", 1)
+    requests = [composed(f"seed={seed}") for seed in (0, 1)]
+    run_sweep(requests, folder=tmp_path, options=Options())
+    first, second = Hosts.started
+
+    def elsewhere(name: str, row: dict[str, Any]) -> None:
+        manifest = tmp_path / second / "manifest.json"
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"ended": "now"}))
+
+    Hosts.started, Hosts.before_row = [], elsewhere
+    run_sweep(requests, folder=tmp_path, options=Options(force=True))
+    assert Hosts.started == [first]
+    assert read_manifest(tmp_path / second)["ended"] == "now"
+
+
+def test_equal_runs_that_are_written_in_two_ways_are_one(tmp_path: Path, composed: Any) -> None:
+    run_sweep(
+        [composed("pruner=magnitude"), composed("pruner=magnitude", "pruner.sparsity=0.8")],
+        folder=tmp_path, options=Options(),
+    )  # fmt: skip
+    assert len(Hosts.started) == len(cells(tmp_path)) == 1
+
+
+def test_a_client_that_does_not_fit_on_a_gpu_fails_its_cell_alone(
+    tmp_path: Path, composed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def probe(sealed: Any, population: Any) -> tuple[int, int]:
+        if b"magnitude" in sealed.spec:
+            raise RuntimeError("CUDA out of memory")
+        return 10**10, 10**8
+
+    cluster = Cluster(cpus=2.0, gpus=1.0, memory_bytes=8e9)
+    monkeypatch.setattr("fedray.sim.ray_runtime.look_at_cluster", lambda: cluster)
+    monkeypatch.setattr("fedray.sim.ray_runtime.probe_gpu", probe)
+    sealing = launch.seal
+    # Planned for a GPU, and run without one.
+    without = Cluster(cpus=2.0, gpus=0.0, memory_bytes=8e9)
+    monkeypatch.setattr("fedray.launch.seal", lambda made, _: (sealing(made, without)[0], "cuda"))
+    with pytest.raises(RunError, match="1 of 2 runs failed"):
+        run_sweep([composed("pruner=magnitude"), composed("pruner=none")], folder=tmp_path, options=Options())
+    assert [(row["status"], row["error"]) for row in cells(tmp_path)] == [
+        ("failed", "RuntimeError: CUDA out of memory"), ("done", None),
+    ]  # fmt: skip
 
 
 def test_a_cell_that_another_launcher_has_is_left_to_it(tmp_path: Path, composed: Any) -> None:

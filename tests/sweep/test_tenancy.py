@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,3 +106,31 @@ def test_modules_from_where_the_tenant_imports_are_forgotten_and_libraries_below
         """
     )
     assert (done.returncode, done.stdout.strip()) == (0, "[(1, True), (22, True)]"), done.stderr
+
+
+def test_a_place_whose_team_cannot_start_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.exceptions import ActorDiedError
+
+    from fedray.sim import hosts
+    from fedray.sim.plan import Cluster, make_plan
+
+    class Group:
+        def wait(self, timeout_seconds: float) -> bool:
+            return True
+
+    class Lender:
+        def team(self, plan: object, group: object) -> None:
+            raise ActorDiedError
+
+    removed = []
+    monkeypatch.setattr(hosts, "placement_group", lambda *_, **__: Group())
+    monkeypatch.setattr(hosts, "remove_placement_group", removed.append)
+    plan = make_plan(
+        Cluster(cpus=2.0, gpus=0.0, memory_bytes=8e9), num_clients=2, cohort=1, clients_per_actor="auto", slots=1,
+        device="cpu",
+    )  # fmt: skip
+    lending: Any = Lender()
+    with hosts.Hosts(note=print, lender=lending) as several:
+        with pytest.raises(ActorDiedError):
+            several.place(plan)
+        assert len(removed) == 1

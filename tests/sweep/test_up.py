@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -149,7 +150,7 @@ def test_the_file_lies_where_the_variable_says(state: Path, monkeypatch: pytest.
     assert state_file() == state
     monkeypatch.delenv("FEDRAY_CLUSTER")
     monkeypatch.setenv("HOME", "/nowhere")
-    assert state_file() == Path("/nowhere/.cache/fedray/cluster.json")
+    assert state_file() == Path(f"/nowhere/.cache/fedray/cluster-{platform.node()}.json")
 
 
 def environment(state: Path, *, token: bool = False) -> dict[str, str]:
@@ -392,6 +393,22 @@ def test_a_run_that_asks_for_a_cluster_of_its_own_gets_it(up: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert "runtime.num_cpus asks for one of its own" in done.stdout
     assert "starting Ray ..." in done.stdout
+
+
+@pytest.mark.ray
+def test_a_warm_process_that_died_while_nobody_used_it_harms_no_run(up: Path, tmp_path: Path) -> None:
+    ours = Path(Up.read(up.read_text()).folder).name
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            raylet = line.parent.joinpath("stat").read_text().rpartition(")")[2].split()[1]
+            if (
+                line.read_bytes().startswith(b"ray::DriverActor")
+                and ours in Path(f"/proc/{raylet}/cmdline").read_text()
+            ):
+                os.kill(int(line.parent.name), signal.SIGKILL)
+    done = fedray(*RUN, f"hydra.run.dir={tmp_path / 'run'}", state=up, token=True)
+    assert done.returncode == 0, done.stderr
+    wait_for(lambda: free(up) == (2, 2))
 
 
 @pytest.mark.ray
