@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import os
 import re
 import sys
@@ -274,6 +275,8 @@ def _with_saved_sweep(arguments: list[str]) -> list[str]:
     The sweeper gets them as one list, because the cells decide what an override means: pruner.sparsity=0.9 is none of
     the configuration before a cell has chosen its pruner.
     """
+    from urllib.parse import quote
+
     from fedray.sweep.saved import override
 
     options = _options_first(arguments)
@@ -288,11 +291,19 @@ def _with_saved_sweep(arguments: list[str]) -> list[str]:
     file = _saved_file(names, _config_dir(options))
     given = [text for text in overrides if not SAVED_SWEEP.fullmatch(text)]
     ours = [text for text in given if not text.lstrip("+~").startswith(("hydra.", "hydra/"))]
-    name = [text for text in _merged(file, ours) if text.startswith("name=")]
-    handed = {"file": str(file), "given": ours, "command": list(arguments)}
+    # Quoted, because ${...} in them is about a cell, and OmegaConf would put in what the configuration before it has.
+    handed = {"file": quote(str(file)), "given": [*map(quote, ours)], "command": [*map(quote, arguments)]}
     added = ["hydra/sweeper=fedray", *(override(f"hydra.sweeper.{key}", value) for key, value in handed.items())]
     kept = [text for text in options if text not in overrides]
-    return [*kept, *added, *name[-1:], *(text for text in given if text not in ours)]
+    return [*kept, *added, *_names(file, ours), *(text for text in given if text not in ours)]
+
+
+def _names(file: Path, given: Sequence[str]) -> list[str]:
+    """The overrides of `name` that decide on the folder of a saved sweep. The file's is the first: Hydra leaves out one
+    with several values."""
+    from fedray.sweep.saved import bare, override
+
+    return [override("name", file.stem), *(text for text in _merged(file, given) if bare(text).startswith("name="))]
 
 
 def _refuse_saved_sweep(overrides: Sequence[str]) -> None:
@@ -326,7 +337,7 @@ def _saved_file(names: Sequence[str], config_dir: str | None) -> Path:
 
 
 def _saved(file: Path) -> Saved:
-    """Read a saved sweep. Unless its base sets a name it has its file's, so that its runs are in outputs/NAME/sweep."""
+    """Read a saved sweep. Unless it sets a name it has its file's, so that its runs are in outputs/NAME/sweep."""
     from omegaconf import OmegaConf
 
     from fedray.sweep.saved import override, read_saved
@@ -336,7 +347,7 @@ def _saved(file: Path) -> Saved:
     except Exception as error:  # of the reader of YAML, of OmegaConf, of the disk
         raise ConfigError(f"{file} cannot be read ({' '.join(str(error).split())})") from error
     saved = read_saved(file.stem, node)
-    if any(text.startswith("name=") for text in saved.base):
+    if "name" in saved.keys():
         return saved
     return dataclasses.replace(saved, base=(*saved.base, override("name", file.stem)))
 
@@ -356,7 +367,7 @@ def expand_arguments(given: Sequence[str], file: str | Path | None, loader: Any)
     from hydra.core.override_parser.types import Transformer
     from hydra.errors import HydraException
 
-    from fedray.sweep.saved import Given, expand, plain_product
+    from fedray.sweep.saved import MOST_CELLS, Given, expand, plain_product
 
     texts = list(given) if file is None else _merged(Path(file), given)
     found: dict[str, Given] = {}
@@ -368,7 +379,12 @@ def expand_arguments(given: Sequence[str], file: str | Path | None, loader: Any)
                     "it in a saved sweep"
                 )
             many = one.is_sweep_override()
-            values: list[Any] = list(one.sweep_iterator(Transformer.identity)) if many else [one.value()]
+            every: Any = one.sweep_iterator(Transformer.identity) if many else [one.value()]
+            values = list(itertools.islice(every, MOST_CELLS + 1))
+            if len(values) > MOST_CELLS:
+                raise ConfigError(
+                    f"{one.input_line} has more than {MOST_CELLS:,} values; a sweep has at most so many cells"
+                )
             shown = [Transformer.str(value) for value in values] if many else [one.get_value_element_as_str()]
             plain = tuple(getattr(value, "text", value) for value in values)
             key = one.get_key_element()
@@ -383,10 +399,10 @@ def _composed_sweep(overrides: Sequence[str], config_dir: str | None) -> Command
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
+    from omegaconf import OmegaConf
 
     from fedray.config import conf_folder, register
     from fedray.sweep.plan import Command
-    from fedray.sweep.saved import override
 
     register()
     _make_importable(config_dir)
@@ -397,22 +413,21 @@ def _composed_sweep(overrides: Sequence[str], config_dir: str | None) -> Command
     ours = [text for text in given if text not in hydras]
     if config_dir is not None:
         hydras.append(f"hydra.searchpath=[file://{Path(config_dir).resolve()}]")
+    # What the run gives Hydra as well; of this it leaves out what has several values, and takes the sweep's folder.
+    texts = [*hydras, *(ours if file is None else _names(file, ours))]
     with initialize_config_dir(conf_folder(), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-
-        def master(*named: str) -> DictConfig:
-            try:
-                return loader.load_configuration("config", [*hydras, *named], run_mode=RunMode.MULTIRUN)
-            except Exception as error:
-                raise _composition_error(error, hydras) from error
-
+        try:
+            master = loader.load_configuration("config", texts, run_mode=RunMode.MULTIRUN)
+            folder = Path(str(master.hydra.sweep.dir)).resolve()
+            force = bool(OmegaConf.select(master, "hydra.launcher.force", default=False))
+        except Exception as error:
+            raise _composition_error(error, texts) from error
         expansion = expand_arguments(ours, file, loader)
-        composer, plain = Composer(loader), master()
-        requests = [composer.request(plain, cell) for cell in expansion.cells]
-        name = next((str(request.config["name"]) for request in requests if request.config is not None), "run")
-        folder = Path(str(master(override("name", name)).hydra.sweep.dir)).resolve()
+        composer = Composer(loader)
+        requests = [composer.request(master, cell) for cell in expansion.cells]
     code_folder = None if config_dir is None else str(Path(config_dir).resolve())
-    return Command(requests=requests, folder=folder, dropped=expansion.dropped, code_folder=code_folder)
+    return Command(requests=requests, folder=folder, dropped=expansion.dropped, code_folder=code_folder, force=force)
 
 
 def _job(cfg: DictConfig) -> None:

@@ -17,6 +17,7 @@ from fedray.errors import ConfigError, FedrayError
 from fedray.sweep import identity
 from fedray.sweep.record import read_sweep
 from fedray.track.progress import format_seconds
+from fedray.track.store import MANIFEST_FILE
 
 if TYPE_CHECKING:
     from fedray.config import Assembly
@@ -77,10 +78,12 @@ class Forecast:
 # -- which cells ------------------------------------------------------------------------------------------------------
 
 
-def planned(requests: Sequence[Request], *, folder: Path, code_folder: str | None) -> list[Planned]:
+def planned(
+    requests: Sequence[Request], *, folder: Path, code_folder: str | None, force: bool = False
+) -> list[Planned]:
     """The cells of a command with what is left to do of each below `folder`; nothing is started or written.
 
-    Raises ConfigError where none of them can run.
+    force: whether what is there is run anew. Raises ConfigError where none of them can run.
     """
     from fedray import config as config_room
 
@@ -97,27 +100,29 @@ def planned(requests: Sequence[Request], *, folder: Path, code_folder: str | Non
                 found = config_room.identity(request.config, digests=digests, shared=shared, code_folder=code_folder)
             except FedrayError as refusal:
                 error = refusal
+            except OSError as refusal:
+                error = ConfigError(f"its data or code cannot be read ({refusal})")
         ids.append(found)
         errors.append(error)
     named = [found or identity.stand_in(request.overrides) for found, request in zip(ids, requests, strict=True)]
-    cells: dict[Path, Planned] = {}
-    for request, run_id, failure, path, differs in zip(
-        requests, ids, errors, identity.place(folder, named, differences), differences, strict=True
-    ):
+    lengths = [0 if request.config is None else int(request.config["rounds"]) for request in requests]
+    kept = identity.distinct(named, differences, lengths)  # the same run twice is one run
+    cells: list[Planned] = []
+    places = identity.place(folder, [named[at] for at in kept], [differences[at] for at in kept])
+    for at, path in zip(kept, places, strict=True):
+        request, run_id, rounds = requests[at], ids[at], lengths[at]
         config = request.config
-        rounds = 0 if config is None else int(config["rounds"])
-        what, left, why = _left(path, run_id, rounds, failure)
+        what, left, why = _left(path, run_id, rounds, errors[at], force)
         if what not in ("done", "refused"):
             assert config is not None
             try:
                 config_room.assemble(config, code_folder=code_folder, choices=request.choices, shared=shared)
             except FedrayError as refusal:
                 what, left, why = "refused", 0, str(refusal)
-        cells.setdefault(
-            path,
+        cells.append(
             Planned(
                 id=run_id,
-                label=identity.label(differs) or "the run",
+                label=identity.label(differences[at]) or "the run",
                 folder=path,
                 rounds=rounds,
                 left=left,
@@ -125,18 +130,21 @@ def planned(requests: Sequence[Request], *, folder: Path, code_folder: str | Non
                 why=why,
                 config=config,
                 choices=request.choices,
-            ),
+            )
         )
-    found_cells = list(cells.values())  # the same run twice is one run
-    sentences = {cell.why for cell in found_cells}
-    if all(cell.what == "refused" for cell in found_cells) and len(sentences) == 1:
+    sentences = {cell.why for cell in cells}
+    if all(cell.what == "refused" for cell in cells) and len(sentences) == 1:
         raise ConfigError(sentences.pop())
-    return found_cells
+    return cells
 
 
-def _left(path: Path, run_id: str, rounds: int, failure: FedrayError | None) -> tuple[What, int, str]:
+def _left(path: Path, run_id: str, rounds: int, failure: FedrayError | None, force: bool) -> tuple[What, int, str]:
     if failure is not None or not run_id:
         return "refused", 0, str(failure)
+    if force:
+        # Whatever is there is cleared away before the run begins.
+        there = (path / MANIFEST_FILE).is_file()
+        return ("repeat", rounds, "hydra.launcher.force is true") if there else ("begin", rounds, "")
     try:
         left = identity.left_to_do(path, run_id, rounds)
     except FedrayError as error:
@@ -282,12 +290,14 @@ def cpus_here() -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """A command's cells as they were composed. folder: of the sweep. dropped: cells that a filter took out."""
+    """A command's cells as they were composed. folder: of the sweep. dropped: cells that a filter took out. force:
+    whether what is done is run anew."""
 
     requests: Sequence[Request]
     folder: Path
     dropped: int
     code_folder: str | None
+    force: bool
 
 
 def plan_command(
@@ -307,7 +317,7 @@ def plan_command(
     known.add_argument("--no-probe", action="store_true", help="no forecast: nothing is trained")
     options = known.parse_intermixed_args(list(arguments))
     command = composed(options.overrides, options.config_dir)
-    cells = planned(command.requests, folder=command.folder, code_folder=command.code_folder)
+    cells = planned(command.requests, folder=command.folder, code_folder=command.code_folder, force=command.force)
     for line in cell_lines(cells, command):
         print(line, flush=True)
     if options.no_probe or not any(cell.left for cell in cells):

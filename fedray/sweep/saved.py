@@ -29,7 +29,8 @@ import math
 import operator
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,12 @@ from fedray.errors import ConfigError
 BLOCKS = ("base", "grid", "zip", "random", "seeds", "filters")
 DIGITS = 4
 """Significant digits of a value that is drawn from a range: an override is also a label and a folder's name."""
+MOST_CELLS = 100_000
+"""Of a sweep, before its filters: each is composed and held in memory, and more are a slip of the pen."""
+MOST_NESTED = 50
+"""How deep a filter may be: it is read by recursion, and Python's stack has an end."""
+FARTHEST = 1e300
+"""The largest number of a range: the difference of two of these is still a number."""
 
 _KEY = re.compile(r"(\+\+?)?[A-Za-z_][\w]*([./@:-][\w]+)*")
 _PLAIN = re.compile(r"[A-Za-z0-9_./:+\-]*[A-Za-z0-9_./]")
@@ -90,15 +97,30 @@ class Draws:
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """A saved sweep. base: overrides as text. grid: values by key. zipped: rows of values by key."""
+    """A saved sweep. base: overrides as text. grid: values by key. zipped: rows of values by key. seeds: as many as
+    were asked for are not built before they have been counted."""
 
     name: str
     base: tuple[str, ...]
     grid: Mapping[str, tuple[Any, ...]]
     zipped: tuple[Mapping[str, Any], ...]
     draws: Draws | None
-    seeds: tuple[int, ...]
+    seeds: Sequence[int]
     filters: tuple[Filter, ...]
+
+    def blocks(self) -> dict[str, set[str]]:
+        """The keys that each block sets, without their signs."""
+        return {
+            "base": {bare(text.split("=", 1)[0]) for text in self.base},
+            "grid": set(map(bare, self.grid)),
+            "zip": {bare(key) for row in self.zipped for key in row},
+            "random": set(map(bare, self.draws.values)) if self.draws is not None else set(),
+            "seeds": {"seed"} if self.seeds else set(),
+        }
+
+    def keys(self) -> set[str]:
+        """All that the file sets."""
+        return set().union(*self.blocks().values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,21 +156,10 @@ def read_saved(name: str, node: Any) -> Saved:
     zipped = _zip(where, node["zip"]) if "zip" in node else ()
     draws = _draws(where, node["random"]) if "random" in node else None
     seeds = _seeds(where, node["seeds"]) if "seeds" in node else ()
-    blocks = {
-        "grid": set(map(bare, grid)),
-        "zip": {bare(key) for row in zipped for key in row},
-        "random": set(map(bare, draws.values)) if draws is not None else set(),
-        "seeds": {"seed"} if seeds else set(),
-    }
-    for (one, of_one), (other, of_other) in itertools.combinations(blocks.items(), 2):
-        for key in sorted(of_one & of_other):
-            raise ConfigError(f"{where}: {key} stands in {one} and in {other}; one block sets a key: take one out")
-    if not any(blocks.values()):
-        raise ConfigError(f"{where} has no cells; it needs one of grid, zip, random and seeds")
     texts = node["filters"] if "filters" in node else []
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ConfigError(f'{where}: filters is {texts!r}; write a list of conditions, as in ["cohort < 10"]')
-    return Saved(
+    saved = Saved(
         name=name,
         base=base,
         grid=grid,
@@ -157,6 +168,13 @@ def read_saved(name: str, node: Any) -> Saved:
         seeds=seeds,
         filters=tuple(Filter.of(where, text) for text in texts),
     )
+    blocks = saved.blocks()
+    for (one, of_one), (other, of_other) in itertools.combinations(blocks.items(), 2):
+        for key in sorted(of_one & of_other):
+            raise ConfigError(f"{where}: {key} stands in {one} and in {other}; one block sets a key: take one out")
+    if not any(keys for block, keys in blocks.items() if block != "base"):
+        raise ConfigError(f"{where} has no cells; it needs one of grid, zip, random and seeds")
+    return saved
 
 
 def plain_product() -> Saved:
@@ -180,10 +198,8 @@ def expand(saved: Saved, given: Sequence[Given]) -> Expansion:
     grid: dict[str, list[tuple[Any, str]]] = {
         key: [(value, override(key, value)) for value in values] for key, values in saved.grid.items()
     }
-    seeds = [(seed, override("seed", seed)) for seed in saved.seeds]
-    rows = saved.draws.rows() if saved.draws is not None else [{}]
-    fixed = {bare(key): "zip" for row in saved.zipped for key in row}
-    fixed |= {bare(key): "random" for row in rows for key in row}
+    given_seeds: list[tuple[Any, str]] | None = None
+    fixed = {key: block for block in ("zip", "random") for key in saved.blocks()[block]}
     shared: list[str] = []
     facts: dict[str, Any] = {}
     for one in given:
@@ -194,8 +210,8 @@ def expand(saved: Saved, given: Sequence[Given]) -> Expansion:
                 f"{where}: {key} is set by its {fixed[key]} block; change conf/sweep/{saved.name}.yaml, or a copy of "
                 "it, and leave it out of the command"
             )
-        if key == "seed" and seeds:
-            seeds = alternatives
+        if key == "seed" and saved.seeds:
+            given_seeds = alternatives
         elif any(bare(own) == key for own in grid):
             grid = {
                 (one.key if bare(own) == key else own): (alternatives if bare(own) == key else values)
@@ -206,6 +222,9 @@ def expand(saved: Saved, given: Sequence[Given]) -> Expansion:
         else:
             shared.append(alternatives[0][1])
             facts[key] = alternatives[0][0]
+    _check_size(saved, {key: len(values) for key, values in grid.items()}, len(given_seeds or saved.seeds))
+    rows = saved.draws.rows() if saved.draws is not None else [{}]
+    seeds = given_seeds or [(seed, override("seed", seed)) for seed in saved.seeds]
     axes: list[list[tuple[dict[str, Any], tuple[str, ...]]]] = [
         [({bare(key): value}, (text,)) for value, text in values] for key, values in grid.items()
     ]
@@ -238,6 +257,25 @@ def expand(saved: Saved, given: Sequence[Given]) -> Expansion:
     if not found:
         raise ConfigError(f"{where} has no cell left; its filters drop all {dropped}: loosen one of them")
     return Expansion(cells=tuple(found), dropped=dropped, repeated=repeated)
+
+
+def _check_size(saved: Saved, lengths: Mapping[str, int], seeds: int) -> None:
+    """Refuse a product of too many cells before it is built. lengths: of the grid's axes, with the command's."""
+    own = saved.blocks()["grid"]
+    sizes = {
+        "grid": math.prod(length for key, length in lengths.items() if bare(key) in own),
+        "zip": len(saved.zipped),
+        "random": saved.draws.samples if saved.draws is not None else 0,
+        "seeds": seeds,
+        "the command": math.prod(length for key, length in lengths.items() if bare(key) not in own),
+    }
+    sizes = {block: size for block, size in sizes.items() if size > 1}
+    if math.prod(sizes.values()) > MOST_CELLS:
+        told = ", ".join(f"{block} has {size:,}" for block, size in sizes.items())
+        raise ConfigError(
+            f"{f'sweep {saved.name}' if saved.name else 'the sweep'} would have {math.prod(sizes.values()):,} cells "
+            f"({told}); it takes at most {MOST_CELLS:,}: give fewer values"
+        )
 
 
 def bare(key: str) -> str:
@@ -307,6 +345,11 @@ class Filter:
             tree = ast.parse(text.strip(), mode="eval").body
         except (SyntaxError, ValueError, MemoryError, RecursionError):
             raise ConfigError(f"{where}: the filter {text!r} cannot be read; {GRAMMAR}") from None
+        depth = _depth(tree)
+        if depth > MOST_NESTED:
+            raise ConfigError(
+                f"{where}: the filter {text[:40]!r}... is nested {depth} deep; at most {MOST_NESTED}: make several"
+            )
         found = cls(text=text, tree=tree)
         found._visit(where, tree, truth=True)
         return found
@@ -401,6 +444,14 @@ _UNSET = object()
 WORDS: Mapping[str, Any] = {"true": True, "false": False, "null": None}
 
 
+def _depth(tree: ast.AST) -> int:
+    """Of the tree; without recursion, for which it may be too deep."""
+    depth, level = 0, [tree]
+    while level:
+        depth, level = depth + 1, [child for node in level for child in ast.iter_child_nodes(node)]
+    return depth
+
+
 def _dotted(node: ast.expr) -> str | None:
     if isinstance(node, ast.Name):
         return node.id
@@ -429,28 +480,26 @@ def _constant(node: ast.expr) -> tuple[Any] | None:
 def _overrides(where: str, node: Any) -> tuple[str, ...]:
     if not isinstance(node, list) or not all(isinstance(text, str) and "=" in text for text in node):
         raise ConfigError(f"{where}: base is {node!r}; write a list of overrides, as in [+experiment=quickstart]")
-    for text in node:
-        _checked_key(where, "base", text.split("=", 1)[0])
-        if bare(text).startswith(("hydra.", "hydra/", "sweep=")):
-            raise ConfigError(f"{where}: base has {text!r}; that belongs on the command line")
+    _checked_keys(where, "base", [text.split("=", 1)[0] for text in node])
     return tuple(node)
 
 
 def _grid(where: str, node: Any) -> dict[str, tuple[Any, ...]]:
     if not isinstance(node, Mapping) or not node:
         raise ConfigError(f"{where}: grid is {node!r}; write values by key, as in pruner.sparsity: [0.5, 0.9]")
-    return {_checked_key(where, "grid", key): _values(where, f"grid.{key}", values) for key, values in node.items()}
+    _checked_keys(where, "grid", node)
+    return {key: _values(where, f"grid.{key}", values) for key, values in node.items()}
 
 
 def _zip(where: str, node: Any) -> tuple[dict[str, Any], ...]:
     if isinstance(node, list) and node and all(isinstance(row, Mapping) and row for row in node):
-        return tuple(
-            {_checked_key(where, "zip", key): _plain_value(where, f"zip.{key}", value) for key, value in row.items()}
-            for row in node
-        )
+        for row in node:
+            _checked_keys(where, "zip", row)
+        return tuple({key: _plain_value(where, f"zip.{key}", value) for key, value in row.items()} for row in node)
     if not isinstance(node, Mapping) or not node:
         raise ConfigError(f"{where}: zip is {node!r}; write lists of one length by key, or a list of rows")
-    columns = {_checked_key(where, "zip", key): _values(where, f"zip.{key}", values) for key, values in node.items()}
+    _checked_keys(where, "zip", node)
+    columns = {key: _values(where, f"zip.{key}", values) for key, values in node.items()}
     lengths = {key: len(values) for key, values in columns.items()}
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{key} has {length}" for key, length in lengths.items())
@@ -475,11 +524,12 @@ def _draws(where: str, node: Any) -> Draws:
         raise ConfigError(f"{where}: random.seed is {seed!r}; it must be a whole number")
     if not isinstance(values, Mapping) or not values:
         raise ConfigError(f"{where}: random.values is {values!r}; write lists or ranges by key")
+    _checked_keys(where, "random", values)
     return Draws(
         samples=samples,
         seed=seed,
         values={
-            _checked_key(where, "random", key): _range(where, f"random.values.{key}", value)
+            key: _range(where, f"random.values.{key}", value)
             if isinstance(value, Mapping)
             else _values(where, f"random.values.{key}", value)
             for key, value in values.items()
@@ -494,8 +544,12 @@ def _range(where: str, name: str, node: Mapping[str, Any]) -> Range:
             raise ConfigError(f"{where}: {name}.{key} is not a setting; {_closest(str(key), fields)}")
     for key in ("low", "high"):
         value = node[key] if key in node else None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ConfigError(f"{where}: {name}.{key} is {value!r}; a range needs low and high, both finite numbers")
+        # math.isfinite raises for whole numbers beyond all floats.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -FARTHEST <= value <= FARTHEST:
+            raise ConfigError(
+                f"{where}: {name}.{key} is {_short(value)}; a range needs low and high, both finite and at most "
+                f"{FARTHEST:g}"
+            )
     for key in ("log", "integer"):
         if key in node and not isinstance(node[key], bool):
             raise ConfigError(f"{where}: {name}.{key} is {node[key]!r}; write true or false")
@@ -509,9 +563,9 @@ def _range(where: str, name: str, node: Mapping[str, Any]) -> Range:
     return found
 
 
-def _seeds(where: str, node: Any) -> tuple[int, ...]:
+def _seeds(where: str, node: Any) -> Sequence[int]:
     if _is_int(node) and node >= 1:
-        return tuple(range(node))
+        return range(min(node, sys.maxsize))  # len() goes no further; so many are refused
     good = isinstance(node, list) and node and all(_is_int(seed) and seed >= 0 for seed in node)
     if not good or len(set(node)) != len(node):
         raise ConfigError(f"{where}: seeds is {node!r}; write how many, as in 3, or a list of different ones")
@@ -527,13 +581,32 @@ def _values(where: str, name: str, node: Any) -> tuple[Any, ...]:
 def _plain_value(where: str, name: str, value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: {name} holds {value!r}; write finite numbers")
+    if not isinstance(value, bool | int | float | str | list | Mapping | None):
+        raise ConfigError(f"{where}: {name} holds {value!r}; write numbers, text, true, false, null, or lists of these")
+    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        _plain_value(where, name, inner)
     return value
 
 
-def _checked_key(where: str, block: str, key: Any) -> str:
-    if not isinstance(key, str) or not _KEY.fullmatch(key):
-        raise ConfigError(f"{where}: {block} names {key!r}; a key is written as on the command line, pruner.sparsity")
-    return key
+def _checked_keys(where: str, block: str, keys: Iterable[Any]) -> None:
+    """Refuse what is no key, what no cell can set, and the same key twice."""
+    seen: dict[str, str] = {}
+    for key in keys:
+        if not isinstance(key, str) or not _KEY.fullmatch(key):
+            raise ConfigError(
+                f"{where}: {block} names {key!r}; a key is written as on the command line, pruner.sparsity"
+            )
+        if re.split(r"[./@:]", bare(key), maxsplit=1)[0] in ("hydra", "sweep"):
+            # These are about the sweep as a whole, and have no effect in a cell.
+            raise ConfigError(f"{where}: {block} has {key!r}; that belongs on the command line")
+        if bare(key) in seen:
+            raise ConfigError(f"{where}: {block} has {seen[bare(key)]} and {key}, which are one key; put it there once")
+        seen[bare(key)] = key
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _is_int(value: Any) -> bool:

@@ -29,7 +29,7 @@ def command(folder: Path, *overrides: str) -> Any:
 
 def cells_of(folder: Path, *overrides: str) -> list[Planned]:
     found = command(folder, *overrides)
-    return planned(found.requests, folder=found.folder, code_folder=None)
+    return planned(found.requests, folder=found.folder, code_folder=None, force=found.force)
 
 
 def run_one(cell: Planned, *, rounds: int | None = None) -> None:
@@ -81,6 +81,33 @@ def test_the_ids_of_a_plan_are_those_of_the_runs(half_done: Path) -> None:
 def test_a_longer_sweep_goes_on_with_what_has_fewer_rounds(half_done: Path) -> None:
     (cell,) = [cell for cell in cells_of(half_done, "seed=0,1,2,3", "rounds=5") if cell.label == "seed=0"]
     assert (cell.what, cell.left) == ("go on", 2)
+
+
+def test_with_force_everything_that_is_there_is_repeated_from_the_start(
+    half_done: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fedray.cli import main
+
+    found = cells_of(half_done, "seed=0,1,2,3", "hydra.launcher.force=true")
+    assert [(cell.what, cell.left) for cell in found] == [("repeat", 3)] * 3 + [("begin", 3)]
+    arguments = ["seed=0,1,2,3", f"hydra.sweep.dir={half_done}", "hydra.launcher.force=true"]
+    assert main(["plan", "--no-probe", *TINY, *arguments]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "1 to do, 3 repeats; 12 rounds left"
+
+
+def test_cells_that_are_the_same_run_are_one_however_they_are_written(tmp_path: Path) -> None:
+    from fedray.cli import _composed_sweep
+
+    (tmp_path / "sweep").mkdir()
+    rows = ["{pruner: magnitude}", "{pruner: magnitude, pruner.sparsity: 0.8}", "{pruner: magnitude, rounds: 5}"]
+    (tmp_path / "sweep" / "rows.yaml").write_text(f"zip: [{', '.join(rows)}]")
+    tiny = [text for text in TINY if not text.startswith("rounds=")]
+    found = _composed_sweep(["+sweep=rows", *tiny, f"hydra.sweep.dir={tmp_path / 's'}"], str(tmp_path))
+    assert len(found.requests) == 3
+    cells = planned(found.requests, folder=found.folder, code_folder=None)
+    assert [(cell.rounds, cell.what) for cell in cells] == [(20, "begin"), (5, "begin")]
+    assert cells[0].id == cells[1].id
+    assert cells[0].folder != cells[1].folder
 
 
 def test_the_command_prints_each_cell_and_how_many_are_left(

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from fedray.errors import ConfigError
+from fedray.sweep.plan import Command
 from fedray.sweep.saved import Given, Range, bare, expand, merged, override, plain_product, read_saved
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +66,32 @@ def test_without_a_file_the_cells_are_the_product_of_the_command() -> None:
 def test_a_key_of_zip_or_random_cannot_be_overridden() -> None:
     with pytest.raises(ConfigError, match=r"sweep s: a is set by its zip block; change conf/sweep/s\.yaml"):
         cells("{zip: {a: [1, 2]}}", given("a", 3))
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("{grid: {a: [%s], b: [%s]}, seeds: 11}", "1,100,000 cells (grid has 100,000, seeds has 11)"),
+        ("{seeds: 1000000000000}", "1,000,000,000,000 cells (seeds has 1,000,000,000,000)"),
+        (
+            "{random: {samples: 1000000000, seed: 0, values: {a: [1]}}}",
+            "1,000,000,000 cells (random has 1,000,000,000)",
+        ),
+        ("{zip: {a: [%s]}, grid: {c: [%s]}, seeds: 2}", "202,246 cells (grid has 317, zip has 319, seeds has 2)"),
+    ],
+)
+def test_a_sweep_of_too_many_cells_is_refused_before_they_are_built(text: str, sizes: str) -> None:
+    lengths = {"grid": (400, 250), "zip": (319, 317)}
+    numbers = tuple(", ".join(map(str, range(n))) for n in lengths.get(text[1:].split(":")[0], ()))
+    with pytest.raises(ConfigError) as caught:
+        cells(text % numbers)
+    assert str(caught.value) == f"sweep s would have {sizes}; it takes at most 100,000: give fewer values"
+
+
+def test_as_many_cells_as_a_sweep_takes_are_taken() -> None:
+    assert len(cells("{seeds: 100000}")) == 100_000
+    with pytest.raises(ConfigError, match=r"the sweep would have 100,489 cells \(the command has 100,489\)"):
+        expand(plain_product(), [given("a", *range(317)), given("b", *range(317))])
 
 
 def test_cells_that_are_the_same_are_one() -> None:
@@ -269,6 +297,16 @@ def test_a_filter_that_is_no_comparison_is_refused_and_never_run(condition: str)
         read_saved("s", {"grid": {"a": [1]}, "filters": [condition]})
 
 
+@pytest.mark.parametrize("condition", ["not " * 900 + "a == 1", "a" + ".a" * 900, "a == " + "- " * 900 + "1"])
+def test_a_filter_that_is_too_deep_for_the_stack_is_refused(condition: str) -> None:
+    with pytest.raises(ConfigError, match=r"sweep s: the filter .* is nested 90\d deep; at most 50"):
+        read_saved("s", {"grid": {"a": [1]}, "filters": [condition]})
+
+
+def test_a_filter_as_deep_as_one_may_be_is_evaluated() -> None:
+    assert cells("{grid: {a: [1, 2]}, filters: ['%s a == 1']}" % ("not " * 46)) == [("a=1",)]
+
+
 def test_a_filter_about_a_key_that_no_cell_sets_is_refused_with_the_near_one() -> None:
     with pytest.raises(
         ConfigError, match=r"names pruner\.sparsty, which no cell sets; did you mean pruner\.sparsity\?"
@@ -305,6 +343,23 @@ def test_filters_that_leave_nothing_are_refused() -> None:
         ("{grid: {a: 1}}", r"grid\.a is 1; write a list of values"),
         ("{grid: {a: []}}", r"grid\.a is \[\]; write a list of values"),
         ("{grid: {a: [.nan]}}", r"grid\.a holds nan; write finite numbers"),
+        ("{grid: {a: [[1, .nan]]}}", r"grid\.a holds nan; write finite numbers"),
+        ("{zip: [{a: {b: [.inf]}}]}", r"zip\.a holds inf; write finite numbers"),
+        ("{grid: {a: [!!binary eA==]}}", r"grid\.a holds b'x'; write numbers, text"),
+        ("{grid: {a: [1], +a: [2]}}", r"grid has a and \+a, which are one key"),
+        ("{zip: {a: [1], ++a: [2]}}", r"zip has a and \+\+a, which are one key"),
+        ("{zip: [{a: 1, +a: 2}]}", r"zip has a and \+a, which are one key"),
+        ("{random: {samples: 1, seed: 0, values: {a: [1], +a: [2]}}}", r"random has a and \+a, which are one key"),
+        ("{base: [a=1, +a=2], seeds: 1}", r"base has a and \+a, which are one key"),
+        ("{grid: {hydra.launcher.force: [true]}}", r"grid has 'hydra\.launcher\.force'; that belongs on the command"),
+        ("{zip: {hydra/launcher: [basic]}}", "zip has 'hydra/launcher'; that belongs on the command line"),
+        ("{zip: [{+sweep: x}]}", r"zip has '\+sweep'; that belongs on the command line"),
+        ("{random: {samples: 1, seed: 0, values: {sweep: [x]}}}", "random has 'sweep'; that belongs on the command"),
+        ("{base: [+hydra.x=1], seeds: 1}", r"base has '\+hydra\.x'; that belongs on the command line"),
+        ("{base: [a=1], grid: {a: [2, 3]}}", "a stands in base and in grid; one block sets a key"),
+        ("{base: [+a=1], zip: [{b: 1}, {a: 2}]}", "a stands in base and in zip"),
+        ("{base: [a=1], random: {samples: 1, seed: 0, values: {a: [2]}}}", "a stands in base and in random"),
+        ("{base: [seed=7], seeds: 3}", "seed stands in base and in seeds"),
         ("{grid: {3: [1]}}", "grid names 3; a key is written as on the command line"),
         ("{grid: {'a b': [1]}}", "grid names 'a b'"),
         ("{grid: {seed: [1]}, seeds: 2}", "seed stands in grid and in seeds"),
@@ -323,6 +378,14 @@ def test_filters_that_leave_nothing_are_refused() -> None:
         ("{random: {samples: 1, seed: 0, values: {a: {low: 0, high: 1, log: true}}}}", "with log it must be above 0"),
         ("{random: {samples: 1, seed: 0, values: {a: {low: 0, high: 1.5, integer: true}}}}", "both must be whole"),
         ("{random: {samples: 1, seed: 0, values: {a: {low: 0, high: .inf}}}}", "both finite"),
+        (
+            "{random: {samples: 1, seed: 0, values: {a: {low: 1, high: 1%s}}}}" % ("0" * 400),
+            r"a\.high is 10{39}\.\.\.; a range needs low and high, both finite and at most 1e\+300",
+        ),
+        (
+            "{random: {samples: 1, seed: 0, values: {a: {low: -1.7e+308, high: 1.0}}}}",
+            r"a\.low is -1\.7e\+308; a range",
+        ),
         ("{random: {samples: 1, seed: 0, values: {a: {low: 0, hi: 1}}}}", r"a\.hi is not a setting; did you mean high"),
         (
             "{random: {samples: 1, seed: 0, values: {a: {low: 0, high: 1, log: 2}}}}",
@@ -385,6 +448,102 @@ def test_a_saved_sweep_of_ones_own_is_found_beside_config_dir(tmp_path: Path) ->
     assert command.folder == Path.cwd() / "outputs" / "mine" / "sweep"
 
 
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Command]:
+    """What the launcher would get from a command; it runs none of it. Each command has an empty folder to work in."""
+    from fedray import cli
+
+    found: list[Command] = []
+
+    def launch(composer: Any, master: Any, overrides: Any, options: Any) -> list[Any]:
+        found.append(
+            Command(
+                requests=[composer.request(master, one) for one in overrides],
+                folder=Path(str(master.hydra.sweep.dir)).resolve(),
+                dropped=0,
+                code_folder=None,
+                force=options.force,
+            )
+        )
+        seen.append(list(sys.argv[1:]))
+        return []
+
+    seen: list[list[str]] = []
+
+    def command(*arguments: str) -> Command:
+        monkeypatch.setattr(sys, "argv", ["fedray"])
+        assert cli.main(["-m", *arguments]) == 0
+        if any("+sweep=" in text for text in arguments):
+            assert seen[-1] == ["-m", *arguments]
+        return found[-1]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main sets it; this takes it back
+    monkeypatch.setattr(cli, "launch_cells", launch)
+    (tmp_path / "own" / "sweep").mkdir(parents=True)
+    for name, text in SWEEPS.items():
+        (tmp_path / "own" / "sweep" / f"{name}.yaml").write_text(text)
+    return command
+
+
+SWEEPS = {
+    "i": "{base: [+experiment=quickstart, pruner=gradual], seeds: 1}",
+    "j": "{base: ['pruner=gradual', 'rounds=7', 'pruner.finish=${rounds}'], grid: {cohort: ['${rounds}']}}",
+    "named": "{base: [name=other], seeds: 2}",
+    "names": "{grid: {name: [a, b]}}",
+}
+
+
+def test_an_interpolation_in_a_saved_sweep_or_its_command_is_about_the_cell(
+    launched: Callable[..., Command], tmp_path: Path
+) -> None:
+    own = ("--config-dir", str(tmp_path / "own"))
+    (cell,) = launched(*own, "+sweep=i", "rounds=100", "pruner.finish=${rounds}", "cohort='${eval.every}'").requests
+    assert cell.config is not None
+    assert (cell.config["rounds"], cell.config["pruner"]["finish"], cell.config["cohort"]) == (100, 100, 1)
+    (cell,) = launched(*own, "+sweep=j", "seed=${pruner.finish}").requests  # no key of what is composed before the cell
+    assert cell.config is not None
+    assert (cell.config["pruner"]["finish"], cell.config["cohort"], cell.config["seed"]) == (7, 7, 7)
+
+
+@pytest.mark.parametrize("text", ["100%", "%7B", "it's", "a b", "\\", "${rounds}"])
+def test_an_override_reaches_the_cells_of_a_saved_sweep_as_it_was_given(
+    text: str, launched: Callable[..., Command], tmp_path: Path
+) -> None:
+    written = f"+note={override('note', text).partition('=')[2]}"
+    (cell,) = launched("--config-dir", str(tmp_path / "own"), "+sweep=i", written).requests
+    assert written in cell.overrides
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        (["+experiment=quickstart,mnist_cnn"], "outputs/run/sweep"),
+        (["+experiment=quickstart", "seed=0,1"], "outputs/quickstart/sweep"),
+        (["name=a,b"], "outputs/run/sweep"),
+        (["name=a", "seed=0,1", "hydra.launcher.force=true"], "outputs/a/sweep"),
+        (["seed=0,1", "rounds=3,4", "hydra.sweep.dir='x/${rounds}/${cohort}'"], "x/20/5"),
+        (["+sweep=i"], "outputs/i/sweep"),
+        (["+sweep=i", "name=x", "hydra.launcher.force=true"], "outputs/x/sweep"),
+        (["+sweep=i", "++name=x"], "outputs/x/sweep"),
+        (["+sweep=i", "name=x,y"], "outputs/i/sweep"),
+        (["+sweep=named"], "outputs/other/sweep"),
+        (["+sweep=named", "name=x"], "outputs/x/sweep"),
+        (["+sweep=names"], "outputs/names/sweep"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_plan_has_the_cells_the_folder_and_the_force_of_the_run(
+    arguments: list[str], folder: str, launched: Callable[..., Command], tmp_path: Path
+) -> None:
+    run = launched("--config-dir", str(tmp_path / "own"), *arguments)
+    plan = composed(*arguments, config_dir=tmp_path / "own")
+    assert run.folder == plan.folder == tmp_path / folder
+    assert run.force == plan.force == ("hydra.launcher.force=true" in arguments)
+    assert [cell.config for cell in run.requests] == [cell.config for cell in plan.requests]
+    assert all(cell.error is None for cell in run.requests)
+
+
 def test_glob_and_range_of_the_command_are_read_as_hydra_reads_them() -> None:
     command = composed("pruner=glob(s*)", "seed=range(2)", "rounds=3")
     names = {request.choices["pruner"] for request in command.requests}
@@ -400,6 +559,10 @@ def test_glob_and_range_of_the_command_are_read_as_hydra_reads_them() -> None:
         (["-m", "+sweep=pruner_digits"], "fedray: sweep=pruner_digits does not exist; did you mean pruners_digits?"),
         (["-m", "+sweep=pruners_digits", "+sweep=x"], "fedray: sweep is given 2 times"),
         (["-m", "+sweep=pruners_digits", "seed=interval(0,1)"], "fedray: seed=interval(0,1) is a range without steps"),
+        (
+            ["-m", "+sweep=pruners_digits", "seed=range(0,1000000000000)"],
+            "fedray: seed=range(0,1000000000000) has more than 100,000 values",
+        ),
         (["-m", "+sweep=pruners_digits", "--cfg", "job"], "fedray: --cfg prints one configuration"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

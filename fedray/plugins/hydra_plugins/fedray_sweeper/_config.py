@@ -10,7 +10,8 @@ from omegaconf import MISSING
 class FedraySweeperConfig:
     """Settings under `hydra.sweeper`, set by `+sweep=NAME`.
 
-    file: of the saved sweep. given: the other overrides. command: the arguments as they were given, for records.
+    file: of the saved sweep. given: the other overrides. command: the arguments as they were given, for records. All as
+    urllib.parse.quote writes them: they are no settings of this configuration, and ${...} in them none of its own.
     """
 
     _target_: str = "hydra_plugins.fedray_sweeper.sweeper.FedraySweeper"

@@ -2,6 +2,7 @@
 
 import sys
 from typing import Any
+from urllib.parse import unquote
 
 from hydra.plugins.sweeper import Sweeper
 from hydra_plugins.fedray_sweeper import _config  # noqa: F401 - makes the settings known
@@ -11,7 +12,7 @@ class FedraySweeper(Sweeper):
     """Takes the cells from a file and from the overrides of the command; they are not a plain product."""
 
     def __init__(self, *, file: str, given: Any, command: Any) -> None:
-        self.file, self.given, self.command = file, list(given), list(command)
+        self.file, self.given, self.command = unquote(file), [*map(unquote, given)], [*map(unquote, command)]
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
         from hydra.core.plugins import Plugins
