@@ -125,7 +125,10 @@ def table_command(arguments: Sequence[str], *, parser: type[argparse.ArgumentPar
     if options.out is None:
         print(found.text)
     else:
-        options.out.write_text(f"{found.text}\n", encoding="utf-8")
+        try:
+            options.out.write_text(f"{found.text}\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--out '{options.out}' cannot be written ({error}); name a file that can be") from error
         print(f"table: {options.out}")
     if form == "csv":
         # A csv has no place for them, and whoever reads it by a pipe shall not find them there.

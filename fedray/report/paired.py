@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedray.errors import ConfigError
-from fedray.report.results import Group, labels
+from fedray.report.results import Group, labels, sparsities
 from fedray.report.settings import cell, closest, differing, resolve, same_value
 
 
@@ -66,6 +66,9 @@ class Baseline:
         self._names = {id(group): label for group, label in zip(groups, labels(groups), strict=True)}
         self._free = [key for key in known if key in wanted or key.partition(".")[0] in wanted]
         self._fixed = [key for key in known if key not in self._free]
+        # With a sparsity of its own in the baseline, everything is compared with that one.
+        told = any(key.startswith("pruner.") and key.endswith("sparsity") for key in wanted)
+        self._sparsity = {} if told else {id(g): at for g, at in zip(groups, sparsities(groups), strict=True)}
         self._partners = {id(group): self._partner(group) for group in groups}
 
     def difference(self, group: Group, seeds: Sequence[int | None] | None = None) -> Difference:
@@ -80,6 +83,18 @@ class Baseline:
         return difference([ours[seed] for seed in both], [theirs[seed] for seed in both], self._confidence)
 
     def _partner(self, group: Group) -> Group | None:
+        found = self._like(group)
+        if found is None:
+            return None
+        own, its = self._sparsity.get(id(group)), self._sparsity.get(id(found))
+        if None not in (own, its) and own != its:
+            self.notes.append(
+                f"{self._names[id(group)]} has no baseline: none with {self.text} has its sparsity, {own}."
+            )
+            return None
+        return found
+
+    def _like(self, group: Group) -> Group | None:
         if any(group is candidate for candidate in self._candidates):
             alike = [group]
         else:

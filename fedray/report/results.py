@@ -16,6 +16,7 @@ from typing import Any, Literal
 from fedray.errors import ConfigError, FedrayError, RunError
 from fedray.report.runs import manifest_of, natural, sentence, shown
 from fedray.report.settings import Settings, cell, differing, order, settings_of, short
+from fedray.sim import goals
 from fedray.track.store import CONFIG_FILE, MANIFEST_FILE, ROUNDS_FILE, Row, read_clients, read_rows
 
 When = Literal["final", "best", "target"]
@@ -25,7 +26,6 @@ SWEEP_FILE = "sweep.json"
 COSTS: Mapping[Cost, str] = {"rounds": "round", "bytes": "wire/total_bytes", "seconds": "time/total_s"}
 """What a run has spent, by the metric of a row that says so."""
 
-_SMALLER = ("loss", "mse", "mae", "rmse", "perplexity", "error", "regret")
 _SPENT = ("wire/", "time/", "energy/", "target/", "device/")
 _SPENT_ENDS = ("_bytes", "_params", "flops", "_s", "_j", "seconds", "rounds", "bytes")
 _METHODS = ("pruner", "personal", "strategy", "correction", "wire")
@@ -123,7 +123,7 @@ class Result:
 
     def own_target(self, metric: str) -> float:
         """The one target of `stop.targets`. Raises ConfigError where there is none, several, or another's."""
-        stop = self.manifest.get("config", {}).get("stop", {})
+        stop = self.manifest.get("config", {}).get("stop") or {}
         targets, watched = stop.get("targets") or [], stop.get("metric")
         if not targets:
             raise ConfigError(f"--at target: {self.name} has no stop.targets; give one, as in --target 0.9")
@@ -297,9 +297,8 @@ def rises(metric: str) -> bool:
     """Whether more of a metric is better: not of losses and errors, and not of what a run spends."""
     if metric.endswith("ratio"):
         return True
-    last = metric.rpartition("/")[2]
-    spent = metric.startswith(_SPENT) or last.endswith(_SPENT_ENDS)
-    return not spent and not last.removeprefix("global_").startswith(_SMALLER)
+    spent = metric.startswith(_SPENT) or metric.rpartition("/")[2].endswith(_SPENT_ENDS)
+    return not spent and goals.rises(metric)
 
 
 def finite(value: Any) -> float | None:
@@ -332,10 +331,20 @@ def _result(folder: Path, name: str) -> Result:
             manifest=manifest,
             error=None if error is None else str(error),
         )
-        _ = result.rows  # a damaged line makes it unreadable
+        _check_whole(result)
     except (FedrayError, OSError) as error:
         return _unreadable(folder, name, error)
     return result
+
+
+def _check_whole(result: Result) -> None:
+    """Raise RunError for a damaged line, and where lines are missing: an earlier round is not the final one."""
+    there, rounds = len(result.rows), result.manifest.get("rounds")
+    if result.status == "finished" and "stopped" not in result.manifest and isinstance(rounds, int) and there < rounds:
+        raise RunError(
+            f"'{result.folder}' finished {rounds} rounds and its {ROUNDS_FILE} has {there}; restore it from a copy, or "
+            "delete the folder and run again"
+        )
 
 
 def _unreadable(folder: Path, name: str, error: Exception) -> Result:
@@ -358,6 +367,8 @@ def _cells(path: Path) -> list[Mapping[str, Any]]:
         cells = json.loads(path.read_bytes())["cells"]
         if not all(isinstance(one["folder"], str) and isinstance(one["status"], str) for one in cells):
             raise TypeError("a cell without its folder or status")
+        if not all(isinstance(one.get("overrides") or [], list) for one in cells):
+            raise TypeError("the overrides of a cell are no list")
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"'{path}' cannot be read ({error}); run the sweep's command again to write it anew") from error
     return list(cells)

@@ -35,6 +35,12 @@ def manifest_of(run: Path) -> dict[str, Any]:
     config = manifest.get("config")
     if not isinstance(config, Mapping) or type(config.get("seed")) is not int or "status" not in manifest:
         raise ConfigError(f"'{run / MANIFEST_FILE}' does not say what ran; restore it from a copy, or run again")
+    choices, data = manifest.get("choices", {}), manifest.get("data", {"digest": ""})
+    if not isinstance(choices, Mapping) or not isinstance(data, Mapping) or "digest" not in data:
+        raise ConfigError(
+            f"'{run / MANIFEST_FILE}' has choices or data as no run writes them; restore it from a copy, or "
+            "run again"
+        )
     return manifest
 
 
@@ -80,7 +86,10 @@ def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, text: int = 1) -> str:
     """A Markdown table that can be read as it stands. text: columns from the left that hold words, not numbers."""
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]
+    # A line's end would end the row, and a browser takes what is in angle brackets for its own.
+    lines = [
+        [" ".join(cell.split()).replace("|", "\\|").replace("<", "&lt;") for cell in line] for line in (header, *rows)
+    ]
     widths = [max(3, *(len(line[at]) for line in lines)) for at in range(len(header))]
     ruler = ["-" * width if at < text else "-" * (width - 1) + ":" for at, width in enumerate(widths)]
     return "\n".join(

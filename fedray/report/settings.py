@@ -29,6 +29,11 @@ def settings_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     # What was chosen of each group names it better than the sum of its settings; those that differ within it follow.
     choices = {group: choice for group, choice in manifest.get("choices", {}).items() if group not in IGNORED}
     settings = choices | settings | choices
+    for group in choices:
+        node = config.get(group)
+        if isinstance(node, Mapping) and "_target_" in node:
+            # A choice may have been given another component to make, as in pruner=feddst pruner._target_=mine.Own.
+            settings[f"{group}._target_"] = str(node["_target_"])
     if "data" in manifest:
         settings["data.digest"] = manifest["data"]["digest"]  # the same location may have held other data
     return settings
@@ -131,7 +136,13 @@ def only(several: Sequence[Chosen], conditions: Sequence[str]) -> list[Chosen]:
         wanted = values.split("|")
         shown = [cell(settings, full) for settings in told]
         there = list(dict.fromkeys(shown))
-        kept = [one for one, look in zip(kept, shown, strict=True) if any(same_value(look, value) for value in wanted)]
-        if not kept:
+        fits = [any(same_value(look, value) for value in wanted) for look in shown]
+        if not any(fits):
             raise ConfigError(f"--only {key}={values} is in none of these runs; {closest(values, there)}")
+        # What cannot be judged stays: a run that nobody can read, a cell of which only its overrides are known.
+        unknown = [
+            not getattr(one, "manifest", True) and full not in settings
+            for one, settings in zip(kept, told, strict=True)
+        ]
+        kept = [one for one, fit, dark in zip(kept, fits, unknown, strict=True) if fit or dark]
     return kept

@@ -26,6 +26,7 @@ MEGABYTE = 1e6
 HEADLINES = ("test/accuracy", "test/mse", "client/accuracy_mean", "client/mse_mean")
 """What a table shows unless it is told: the first of these that a run has."""
 NEVER = "never"
+NOT_FINITE = "not finite"
 """Instead of the number of a setting that reached its target with no seed."""
 _EXTRAS = ("model/sparsity", "client/sparsity_mean", "wire/total_up_bytes", "wire/total_down_bytes", "wire/total_ratio")
 
@@ -59,6 +60,11 @@ class Question:
     def scale(self) -> float:
         """What the printed number is divided by; csv has it undivided."""
         return MEGABYTE if self.when == "target" and self.cost == "bytes" else 1.0
+
+    @property
+    def nothing(self) -> str:
+        """What stands where runs finished and none has a number."""
+        return NEVER if self.when == "target" else NOT_FINITE
 
     def of(self, group: Group) -> dict[int | None, float]:
         """The numbers by seed. Raises ConfigError where a run has no target."""
@@ -188,7 +194,7 @@ def tabled(
     groups, notes = grouped(results)
     groups, lacking = _with_numbers(groups, question)
     notes = [*notes, *lacking]
-    if not groups:
+    if not groups or (at != "target" and not any(question.of(group) for group in groups)):
         raise no_number(results, metric, folder)
     against = None if baseline is None else Baseline(groups, baseline, question.of, confidence)
     if rows is None or cols is None:
@@ -210,6 +216,11 @@ def tabled(
             lines = [replace(line, best=id(line) in best) for line in lines]
         sheets = _pivot_sheets(lines, down, across, row_keys, col_keys, question, against)
         legend = [f"{question.heading} by {rows} and {cols}."]
+        if usual := _usual([len(line.values) for line in lines if line.values]):
+            others = (
+                " where no other n is given" if len({len(line.values) for line in lines if line.values}) > 1 else ""
+            )
+            legend.append(f"Mean ± standard deviation over seeds, n={usual}{others}.")
         names = [*row_keys, *col_keys]
     notes = [*([] if against is None else against.notes), *notes]
     if any(line.state == ABSENT for line in lines):
@@ -231,7 +242,8 @@ def tabled(
 
 
 def _with_numbers(groups: Sequence[Group], question: Question) -> tuple[list[Group], list[str]]:
-    """The groups without the runs that have no number, and why; a run that misses its target stays."""
+    """The groups without the runs that never had the metric, and why; one that missed its target or diverged stays,
+    without a number."""
     found, notes, missed = [], [], []
     for group in groups:
         kept = []
@@ -241,7 +253,8 @@ def _with_numbers(groups: Sequence[Group], question: Question) -> tuple[list[Gro
                 missed.append(result.name)
             elif why is not None:
                 notes.append(f"{result.name} {why}.")
-                continue
+                if question.metric not in result.metrics:
+                    continue
             kept.append(result)
         if kept:
             found.append(replace(group, results=kept))
@@ -288,7 +301,7 @@ def _lines(groups: Sequence[Group], keys: Sequence[str], question: Question, aga
         Line(
             keys={key: cell(group.settings, key) for key in keys},
             values=(values := question.of(group)),
-            state="" if values else NEVER,
+            state="" if values else question.nothing,
             runs=len(group.results),
             difference=None if against is None else against.difference(group),
             extras={name: list(group.at(name).values()) for name in _EXTRAS},
@@ -354,7 +367,7 @@ def _cells(
             ((piece, group),) = found[at, to]
             values = question.of(piece)
             difference = None if against is None else against.difference(group, seeds=piece.seeds)
-            state, runs = "" if values else NEVER, len(piece.results)
+            state, runs = "" if values else question.nothing, len(piece.results)
             lines.append(Line(keys=looks, values=values, state=state, runs=runs, difference=difference))
     return lines, down, across
 
@@ -371,9 +384,9 @@ def _look(line: Line, keys: Sequence[str]) -> tuple[str, ...]:
 def _best(lines: Sequence[Line], question: Question) -> list[Line]:
     """The best of them, all that are equal; none where there are no two to compare.
 
-    A mean over only those seeds that reached a target is no match for one over all.
+    A mean over only those seeds that reached a target, or did not diverge, is no match for one over all.
     """
-    full = [line for line in lines if line.values and (question.when != "target" or len(line.values) == line.runs)]
+    full = [line for line in lines if line.values and len(line.values) == line.runs]
     means = [statistics.fmean(line.values.values()) for line in full]
     if len(means) < 2:
         return []
@@ -419,6 +432,11 @@ def _line_sheet(lines: Sequence[Line], keys: Sequence[str], question: Question, 
     )
 
 
+def _usual(counts: Sequence[int]) -> int:
+    """The number of seeds of most cells; 0 where no cell has a number."""
+    return max(set(counts), key=lambda count: (counts.count(count), count), default=0)
+
+
 def _pivot_sheets(
     lines: Sequence[Line],
     down: Sequence[tuple[str, ...]],
@@ -430,7 +448,7 @@ def _pivot_sheets(
 ) -> list[Sheet]:
     by_look = {(_look(line, row_keys), _look(line, col_keys)): line for line in lines}
     counts = [len(line.values) for line in lines if line.values]
-    usual = max(set(counts), key=lambda count: (counts.count(count), count))
+    usual = _usual(counts)
 
     def shown(line: Line) -> str:
         if not line.values:

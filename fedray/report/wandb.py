@@ -163,8 +163,13 @@ def _groups_are_settings(groups: Sequence[Group]) -> bool:
     return all(len(own) == 1 and NO_GROUP not in own for own in names) and len(set().union(*names)) == len(groups)
 
 
+def _told(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings under tracker.wandb that a run was given."""
+    return (manifest["config"].get("tracker") or {}).get("wandb") or {}
+
+
 def _group_name(manifest: Mapping[str, Any]) -> str:
-    told = manifest["config"].get("tracker", {}).get("wandb", {}).get("group")
+    told = _told(manifest).get("group")
     return labels_of(manifest).group if told is None else str(told)
 
 
@@ -199,11 +204,7 @@ class _Where:
 
 def _destination(results: Sequence[Result], *, project: str | None, entity: str | None) -> _Where:
     """Where the runs were told to go, unless it is said. Raises ConfigError if they were told several projects."""
-    told = [
-        result.manifest["config"].get("tracker", {}).get("wandb", {})
-        for result in results
-        if result.manifest and result.status == "finished"
-    ]
+    told = [_told(result.manifest) for result in results if result.manifest and result.status == "finished"]
     found = {}
     for name, said in (("project", project), ("entity", entity)):
         values = sorted({str(one[name]) for one in told if one.get(name) is not None})

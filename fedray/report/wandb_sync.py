@@ -132,6 +132,8 @@ def sync(runs: Sequence[Path], under: Sequence[Path], settings: Sync, say: Calla
 def sync_run(run: Path, settings: Sync, pace: Callable[[], None]) -> tuple[str, int]:
     """Send what W&B does not have of one run; what happened and how many rows were sent. Raises FedrayError."""
     manifest = manifest_of(run)
+    if not isinstance(manifest.get("run_id"), str):
+        return "skipped: its manifest.json names no run_id; restore it from a copy", 0
     status = manifest["status"]
     if status == "running":
         place = _where(run)

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-SMALLER_IS_BETTER = ("loss", "mse", "mae", "perplexity")
+SMALLER_IS_BETTER = frozenset(
+    "loss mse mae rmse perplexity error regret nll ece brier entropy wer cer bits dead".split()
+)
+"""Words in the name of a metric that gets better as it falls."""
+
+
+def rises(metric: str) -> bool:
+    """Whether more of a metric is better, by the words of its last name: "test/top5_error" has one of those above."""
+    return SMALLER_IS_BETTER.isdisjoint(re.split(r"[_\W\d]+", metric.rpartition("/")[2].lower()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +41,7 @@ class Goals:
 
     @property
     def rising(self) -> bool:
-        return not self.metric.rpartition("/")[2].startswith(SMALLER_IS_BETTER)
+        return rises(self.metric)
 
 
 @dataclass

@@ -56,7 +56,8 @@ def _name(chosen: Mapping[str, str], config: Mapping[str, Any]) -> str:
     if len(said) > 1:  # averaging goes without saying beside any other method
         said = [name for name in said if name != PLAIN_STRATEGY]
     words = ["+".join(said)] if said else []
-    sparsity = (config.get("pruner") or {}).get("sparsity")
+    pruner = config.get("pruner") or {}
+    sparsity = pruner.get("sparsity", pruner.get("target_sparsity"))
     if isinstance(sparsity, int | float) and chosen["pruner"] != "none":
         words.append(f"{sparsity:g}")
     alpha = (config.get("partition") or {}).get("alpha")

@@ -61,12 +61,20 @@ def test_cells_are_in_natural_order(write, tmp_path):
     assert [result.name for result in read_results(tmp_path)] == ["9", "10", "100"]
 
 
+def changed(run, **facts):
+    manifest = run / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | facts))
+
+
 @pytest.mark.parametrize(
     ("break_it", "says"),
     [
         (lambda run: (run / "manifest.json").write_text("{"), "is not valid JSON"),
         (lambda run: (run / "manifest.json").write_text("[]"), "holds list, not an object"),
         (lambda run: (run / "manifest.json").write_text("{}"), "does not say what ran"),
+        (lambda run: changed(run, choices=None), "has choices or data as no run writes them"),
+        (lambda run: changed(run, data={}), "has choices or data as no run writes them"),
+        (lambda run: changed(run, rounds=5), "finished 5 rounds and its rounds.jsonl has 2"),
         (lambda run: (run / "manifest.json").unlink(), "has no manifest.json"),
         (lambda run: (run / "rounds.jsonl").unlink(), "has no rounds.jsonl"),
         (lambda run: (run / "rounds.jsonl").write_text("x\n" + (run / "rounds.jsonl").read_text()), "Line 1"),
@@ -302,12 +310,14 @@ def test_more_is_better_but_for_losses_and_what_is_spent():
         "wire/total_ratio",
         "client/global_accuracy_mean",
     ]
-    worse = ["test/loss", "test/perplexity", "test/mse", "client/mse_mean", "train/loss", "wire/total_bytes",
+    worse = ["test/top5_error", "test/cross_entropy", "test/val_loss", "prune/dead_filters",
+             "test/loss", "test/perplexity", "test/mse", "client/mse_mean", "train/loss", "wire/total_bytes",
              "wire/up_params", "time/round_s", "model/flops", "energy/simulated_j", "target/0.9/rounds"]  # fmt: skip
     assert [metric for metric in better if not rises(metric)] == []
     assert [metric for metric in worse if rises(metric)] == []
     # As the run itself sees the metrics that it can be told to watch.
-    for metric in ("test/accuracy", "test/loss", "test/perplexity", "test/mse", "client/mse_mean"):
+    for metric in ("test/accuracy", "test/loss", "test/perplexity", "test/mse", "client/mse_mean", "test/top5_error",
+                   "client/global_loss_mean", "test/nll"):  # fmt: skip
         assert rises(metric) == Goals(metric=metric).rising
 
 

@@ -79,7 +79,7 @@ def test_csv_and_json_have_every_digit(runs):
 
 def test_a_status_and_settings_choose(runs, report):
     assert [line["run"] for line in report.tables(runs("--status", "failed,running"))[0]] == ["b", "c"]
-    assert [line["run"] for line in report.tables(runs("--only", "pruner=magnitude"))[0]] == ["c"]
+    assert [line["run"] for line in report.tables(runs("--only", "pruner=magnitude"))[0]] == ["c", "d"]
     assert "1 run: 1 running." in runs("--status", "running")
 
 

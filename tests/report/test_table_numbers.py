@@ -484,3 +484,77 @@ def test_failed_runs_alone_are_named_with_their_sentence(write, report, tmp_path
     run.write_text(json.dumps({**json.loads(run.read_text()), "error": "client 3 ran out of memory."}))
     with pytest.raises(ConfigError, match=r"is failed: client 3 ran out of memory; go on with fedray resume"):
         report.table(tmp_path)
+
+
+def test_a_baseline_of_another_sparsity_is_none(write, report, tmp_path):
+    """The one baseline that is there is not like every run."""
+    for sparsity in SPARSITIES:
+        write("feddst", sparsity, 0)
+    write("magnitude", SPARSITIES[0], 0)
+    text = report.table(tmp_path, "--baseline", "pruner=magnitude")
+    lines = [line for line in report.tables(text)[0] if line["pruner"] == "feddst"]
+    found = {line["sparsity"]: line["difference to pruner=magnitude"] for line in lines}
+    assert found[str(SPARSITIES[0])].endswith("(n=1)")
+    assert [found[str(sparsity)] for sparsity in SPARSITIES[1:]] == ["-"] * len(SPARSITIES[1:])
+    assert f"none with pruner=magnitude has its sparsity, {SPARSITIES[1]}." in text
+    # Whoever names a sparsity means that one.
+    named = f"pruner=magnitude,pruner.sparsity={SPARSITIES[0]}"
+    for line in report.tables(report.table(tmp_path, "--baseline", named))[0]:
+        assert line[f"difference to {named}"].endswith("(n=1)") or line["pruner"] == "magnitude"
+
+
+def test_a_component_that_was_exchanged_is_another_setting(write, report, tmp_path):
+    write("feddst", 0.5, 0)
+    run = write("feddst", 0.5, 1)
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["config"]["pruner"]["_target_"] = "mine.Other"
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    (lines,) = report.tables(report.table(tmp_path))
+    assert [line["seeds"] for line in lines] == ["1", "1"]
+
+
+def test_a_target_that_nobody_reaches_is_a_table_all_the_same(write, report, tmp_path):
+    write("feddst", 0.5, 0)
+    write("magnitude", 0.5, 0)
+    for form in ("md", "csv", "latex"):
+        text = report.table(
+            tmp_path, "--rows", "pruner", "--cols", "sparsity", "--at", "target", "--target", "2", "--format", form
+        )
+        assert "never" in text
+
+
+def test_a_run_that_diverged_is_in_the_table_and_its_other_seeds_win_nothing(write, report, tmp_path):
+    for seed in (0, 1):
+        write("feddst", 0.5, seed, values=[0.5])
+        write("snip", 0.5, seed, values=[0.5, math.nan])
+    write("magnitude", 0.5, 0, values=[0.9])
+    write("magnitude", 0.5, 1, values=[math.nan])
+    write("none", None, 0, values=[0.2])
+    write("none", None, 1, values=[0.2])
+    text = report.table(tmp_path, "--rows", "pruner", "--cols", "sparsity")
+    found = {line["pruner \\ sparsity"]: line["0.5"] for line in report.tables(text)[0]}
+    assert found["snip"] == "not finite"
+    assert found["magnitude"] == "0.9000 ± - (n=1)"
+    assert "**" not in found["feddst"] + found["magnitude"]
+    assert "- magnitude-0.5-1 is left out: its last test/accuracy is not finite." in text
+    assert "n=2 where no other n is given" in text
+
+
+def test_only_keeps_what_cannot_be_judged(write, report, tmp_path):
+    write("feddst", 0.5, 0)
+    write("magnitude", 0.5, 0)
+    (write("feddst", 0.5, 1) / "manifest.json").write_text("{")
+    cell = {"folder": "x", "status": "failed", "error": "no memory", "overrides": ["seed=3"]}
+    (tmp_path / "sweep.json").write_text(json.dumps({"cells": [cell]}))
+    text = report.table(tmp_path, "--only", "pruner=feddst")
+    assert "magnitude" not in text
+    assert "- feddst-0.5-1 is left out: " in text
+    assert "- x is left out: failed: no memory." in text
+
+
+def test_a_table_that_cannot_be_written_is_refused_in_a_sentence(sweep, report, tmp_path):
+    (tmp_path / "x.md").mkdir()
+    with pytest.raises(ConfigError, match=r"--out .*x\.md"):
+        report.table(sweep, "--out", str(tmp_path / "x.md"))
+    with pytest.raises(ConfigError, match=r"--out '/proc/x\.md' cannot be written .*; name a file that can be"):
+        report.table(sweep, "--out", "/proc/x.md")
