@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedray.report.plot import Boxes, Curve, Drawing, Heat, Lines, Points, Width
+from fedray.errors import ConfigError
+from fedray.report.plot import Boxes, Curve, Drawing, Heat, Lines, Points, Range, Width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,6 +51,8 @@ _STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,
     "ps.fonttype": 42,
     "axes.unicode_minus": True,
+    # Names come from configurations: a dollar in one is a dollar, not the start of a formula.
+    "text.parse_math": False,
 }
 _MARKS = 8
 """Markers on a line, about."""
@@ -217,12 +220,12 @@ def _scales(drawing: Lines | Points, every: Sequence[Axes]) -> None:
     most = 6 if len(names) == 1 else 4  # numbers that stand side by side below a panel
     for name, axes in zip(names, every, strict=True):
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-        if not (drawing.spent and _is_wide(drawing)):
+        if not _is_logarithmic(drawing):
             axes.xaxis.set_major_locator(MaxNLocator(nbins=most - 1, integer=drawing.x_label == "round"))
             continue
         axes.set_xscale("log")
         own = _has_own_scales(drawing)
-        x = drawing.x_range or [x for curve in drawing.curves if curve.panel == name or not own for x in curve.x]
+        x = x_shown(drawing) or [x for curve in drawing.curves if curve.panel == name or not own for x in curve.x]
         axes.xaxis.set_major_locator(FixedLocator(_log_ticks(min(x), max(x), most)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -233,8 +236,6 @@ def _log_ticks(low: float, high: float, most: int) -> list[float]:
     """Round numbers for a logarithmic axis: as many as fit of 1, 2 and 5, or of the powers of ten."""
     from matplotlib.ticker import MaxNLocator
 
-    if low <= 0:
-        low = high / 1000
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks: list[float] = []
     for steps in ((1, 2, 5), (1, 3), (1,)):
@@ -248,16 +249,37 @@ def _log_ticks(low: float, high: float, most: int) -> list[float]:
     return ticks
 
 
-def _is_wide(drawing: Lines | Points) -> bool:
+def x_shown(drawing: Lines | Points) -> Range:
+    """The part of the x axis that was asked for; None for all of it.
+
+    A logarithmic axis has no 0: there a lower end that is not positive stands for where the curves begin. Raises
+    ConfigError if the upper end is not positive either.
+    """
+    if drawing.x_range is None or drawing.x_range[0] > 0 or not _is_logarithmic(drawing):
+        return drawing.x_range
+    low, high = drawing.x_range
+    if high <= 0:
+        raise ConfigError(
+            f"--x is '{low:g},{high:g}'; the axis is logarithmic, so its upper end must be above 0, as in --x 1,10"
+        )
+    least = min(min(curve.x) for curve in drawing.curves)
+    # With the margin that matplotlib leaves; where all curves lie beyond the upper end, the decade below it.
+    return (least * (least / high) ** 0.05 if least < high else high / 10), high
+
+
+def _is_logarithmic(drawing: Lines | Points) -> bool:
     """Whether what the curves end at is far apart, so that a linear axis would squeeze the cheap ones."""
+    if not drawing.spent:
+        return False
     ends = [x for curve in drawing.curves for x in (curve.x if isinstance(drawing, Points) else curve.x[-1:])]
     return min(min(curve.x) for curve in drawing.curves) > 0 and max(ends) > _WIDE_RANGE * min(ends)
 
 
 def _zoom(drawing: Lines | Points, every: Sequence[Axes]) -> None:
+    x_range = x_shown(drawing)
     for axes in every:
-        if drawing.x_range is not None and not (isinstance(drawing, Points) and drawing.sparsity_axis):
-            axes.set_xlim(*drawing.x_range)
+        if x_range is not None and not (isinstance(drawing, Points) and drawing.sparsity_axis):
+            axes.set_xlim(*x_range)
         if drawing.y_range is not None:
             axes.set_ylim(*drawing.y_range)
 

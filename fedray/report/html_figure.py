@@ -16,7 +16,8 @@ DASHES = ("", "7 4", "2 3", "9 3 2 3")
 def still(charts: Mapping[str, Any]) -> dict[str, Any] | None:
     """Lines, ticks and names of the headline metric by round, in the units of the picture; None without a curve.
 
-    Means over the seeds that have the round. At most `charts["few"]` settings, the best of each method first.
+    Means where all seeds have the round, as the page says of its curves. At most `charts["few"]` settings, the best of
+    each method first.
     """
     metric = charts["headline"]
     having = [group for group in charts["groups"] if metric in group["series"] and metric in group["final"]]
@@ -65,7 +66,8 @@ def _mean(group: Mapping[str, Any], metric: str) -> list[tuple[float, float]]:
     found = []
     for round_, *values in zip(group["grids"][number][0], *seeds, strict=True):
         kept = [value for value in values if value is not None]
-        if kept:
+        # Elsewhere the line would jump where a seed ends.
+        if len(kept) == len(values):
             found.append((round_, statistics.fmean(kept)))
     return found
 

@@ -6,13 +6,14 @@ import argparse
 import importlib.util
 import json
 import math
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fedray.errors import ConfigError
+from fedray.errors import ConfigError, FedrayError
 from fedray.report.results import (
     Group,
     Result,
@@ -120,7 +121,10 @@ Drawing = Lines | Points | Heat | Boxes
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """What a kind is asked to draw. panels: the setting that has a panel for each value; None for what suits."""
+    """What a kind is asked to draw. panels: the setting that has a panel for each value; None for what suits.
+
+    notes, skipped: what the kind says of its drawing, and the runs that are not in it.
+    """
 
     groups: Sequence[Group]
     metric: str | None
@@ -128,6 +132,7 @@ class Ask:
     notes: list[str]
     x_range: Range = None
     y_range: Range = None
+    skipped: list[Result] = field(default_factory=list)
 
     def chosen_metric(self) -> str:
         """What was asked for, or the first of HEADLINES that is there. Raises ConfigError where it is in no run."""
@@ -168,33 +173,42 @@ def plot_command(arguments: Sequence[str], *, parser: type[argparse.ArgumentPars
     for kind in kinds:
         if kind not in KINDS:
             raise ConfigError(f"--kind {kind} is not a kind; {closest(kind, list(KINDS))}")
-    ranges = {"x_range": _range(options.x, "--x"), "y_range": _range(options.y, "--y")}
+    x_range, y_range = _range(options.x, "--x"), _range(options.y, "--y")
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("fedray plot needs matplotlib: pip install 'fedray[report]'")
     out = options.folder / "figures" if options.out is None else options.out
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out is {str(out)!r}; it is a file, so name a folder")
+    if os.path.lexists(out) and not os.path.isdir(out):  # unlike those of Path, these two never raise
+        raise ConfigError(f"--out is {str(out)!r}; it is no folder, so name one")
     results = only(read_results(options.folder), options.only)
     groups, notes = grouped(results)
     if not groups:
         raise no_number(results, HEADLINES[0], options.folder)
-    refused = []
+    said = dict.fromkeys(notes)
+    refused: list[tuple[str, FedrayError]] = []
     for kind in kinds:
-        ask = Ask(groups=groups, metric=options.metric, panels=options.panels, notes=list(notes), **ranges)
+        ask = Ask(
+            groups=groups,
+            metric=options.metric,
+            panels=options.panels,
+            notes=list(notes),
+            x_range=x_range,
+            y_range=y_range,
+        )
         try:
-            drawing = KINDS[kind](ask)
-        except ConfigError as error:
+            drawing = _drawn(kind, ask)
+        except FedrayError as error:  # a damaged file too: only some kinds read the lines of clients
             if len(kinds) == 1:
                 raise
             refused.append((kind, error))
             continue
         for path in write(drawing, kind, ask, out, options.width):
             print(path)
+        said |= dict.fromkeys(ask.notes)
     if len(refused) == len(kinds):
         raise refused[0][1]
     for kind, why in refused:
         print(f"- {kind} is left out: {sentence(why)}")
-    for note in notes:
+    for note in said:
         print(f"- {note}")
 
 
@@ -213,15 +227,27 @@ def _range(text: str | None, option: str) -> Range:
     return low, high
 
 
+def _drawn(kind: str, ask: Ask) -> Drawing:
+    """What a kind draws. Raises ConfigError too where --x has nothing that its axis can show."""
+    from fedray.report.figures import x_shown
+
+    drawing = KINDS[kind](ask)
+    if isinstance(drawing, Lines | Points):
+        x_shown(drawing)
+    return drawing
+
+
 def write(drawing: Drawing, kind: str, ask: Ask, out: Path, width: Width) -> list[Path]:
-    """Draw to OUT/<kind>.png and .pdf, with a .json of the runs, the numbers and the notes beside them."""
+    """Draw to OUT/<kind>.png and .pdf, with a .json of the runs, the numbers and the notes beside them.
+
+    Raises ConfigError where they cannot be written.
+    """
     from fedray.report.figures import draw
 
-    out.mkdir(parents=True, exist_ok=True)
     stem = kind if ask.metric is None else f"{kind}_{ask.metric.replace('/', '-')}"
     paths = [out / f"{stem}{end}" for end in (".png", ".pdf", ".json")]
-    draw(drawing, paths[:2], width)
     read = (MANIFEST_FILE, ROUNDS_FILE, *((CLIENTS_FILE,) if isinstance(drawing, Boxes) else ()))
+    skipped = {id(result) for result in ask.skipped}
     made_from = [
         {
             "label": label,
@@ -232,6 +258,7 @@ def write(drawing: Drawing, kind: str, ask: Ask, out: Path, width: Width) -> lis
         }
         for group, label in zip(ask.groups, labels(ask.groups), strict=True)
         for result in group.results
+        if id(result) not in skipped
     ]
     facts = {
         "kind": kind,
@@ -241,7 +268,15 @@ def write(drawing: Drawing, kind: str, ask: Ask, out: Path, width: Width) -> lis
         "drawn": asdict(drawing),
         "notes": ask.notes,
     }
-    paths[2].write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(facts, indent=2, allow_nan=False) + "\n"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        draw(drawing, paths[:2], width)
+        paths[2].write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"--out is {str(out)!r}, which cannot be written ({error.strerror or error}); name a folder that can be"
+        ) from error
     return paths
 
 
@@ -328,6 +363,9 @@ def _layers(ask: Ask) -> Heat:
     )
     cells = []
     for group in groups:
+        for result in group.results:
+            if not _layers_of(result.rows):
+                _skip(ask, result, "sparsity of layers")
         found = [_layers_of(result.rows) for result in group.results]
         by_name = {name: [one[name] for one in found if name in one] for name in names}
         cells.append([statistics.fmean(values) if values else None for values in by_name.values()])
@@ -343,22 +381,27 @@ def _layers(ask: Ask) -> Heat:
 def _clients(ask: Ask) -> Boxes:
     """the metric of single clients at the end, on their own test data"""
     wanted = (ask.metric,) if ask.metric is not None else CLIENT_METRICS
-    found: dict[str, list[list[float]]] = {name: [] for name in wanted}
+    # Values by metric, group and run.
+    found: dict[str, list[list[list[float]]]] = {name: [] for name in wanted}
     for group in ask.groups:
-        lines = [line for result in group.results for line in _last(result.clients, wanted)]
+        runs = [_last(result.clients, wanted) for result in group.results]
         for name in wanted:
-            found[name].append([value for line in lines if (value := finite(line.get(name))) is not None])
-    metric = next((name for name in wanted if any(found[name])), None)
+            found[name].append([[v for line in run if (v := finite(line.get(name))) is not None] for run in runs])
+    metric = next((name for name in wanted if any(any(runs) for runs in found[name])), None)
     if metric is None:
         raise ConfigError(
             f"no finished run has {' or '.join(wanted)} of single clients in {CLIENTS_FILE}: run with eval.every=1 and "
             "eval.clients=all to record it"
         )
-    kept = [(group, values) for group, values in zip(ask.groups, found[metric], strict=True) if values]
+    kept = [(group, by_run) for group, by_run in zip(ask.groups, found[metric], strict=True) if any(by_run)]
+    for group, by_run in kept:
+        for result, own in zip(group.results, by_run, strict=True):
+            if not own:
+                _skip(ask, result, f"{metric} of single clients")
     _left_out(ask, [group for group, _ in kept], f"no {metric} of single clients")
     return Boxes(
         labels=_names(ask, [group for group, _ in kept]),
-        values=[values for _, values in kept],
+        values=[[value for own in by_run for value in own] for _, by_run in kept],
         x_label=f"client's {axis_label(metric)}",
     )
 
@@ -405,6 +448,9 @@ def _over(ask: Ask, metric: str, x: str, x_label: str, scale: float) -> Lines:
     curves = []
     for group, label, panel, look in _places(ask, [group for group in ask.groups if _has(group, metric)]):
         by_seed = [{round: (a, b) for round, a, b in result.series("round", x, metric)} for result in group.results]
+        for result, one in zip(group.results, by_seed, strict=True):
+            if not one:
+                _skip(ask, result, x if result.series(metric) else metric)
         by_seed = [one for one in by_seed if one]
         if not by_seed:
             continue
@@ -469,6 +515,9 @@ def _ends(ask: Ask, x: str, metric: str, x_of: Callable[[Result], float | None])
             points = []
             for group in own:
                 pairs = [(x_of(result), result.at(metric)) for result in group.results]
+                for result, pair in zip(group.results, pairs, strict=True):
+                    if None in pair:
+                        _skip(ask, result, metric if pair[1] is None else x)
                 both = [(one, other) for one, other in pairs if one is not None and other is not None]
                 if both:
                     points.append(([one for one, _ in both], [other for _, other in both]))
@@ -567,6 +616,14 @@ def _left_out(ask: Ask, groups: Sequence[Group], why: str) -> None:
     missing = [label for g, label in zip(ask.groups, labels(ask.groups), strict=True) if id(g) not in kept]
     if missing:
         ask.notes.append(f"{listed(missing)} not drawn: {why}.")
+        ask.skipped.extend(result for group in ask.groups if id(group) not in kept for result in group.results)
+
+
+def _skip(ask: Ask, result: Result, what: str) -> None:
+    """Say that a run of a group is not drawn, once: a group may be in several panels."""
+    if not any(result is one for one in ask.skipped):
+        ask.skipped.append(result)
+        ask.notes.append(f"{result.name} is not drawn: its {what} is not finite or missing.")
 
 
 def _has(group: Group, metric: str) -> bool:

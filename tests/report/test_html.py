@@ -18,6 +18,7 @@ from fedray.cli import main
 from fedray.errors import ConfigError
 from fedray.report.html import ASSETS, embedded, report_command, write_page
 from fedray.report.html_data import MOST_POINTS, best_of, evenly, spread
+from fedray.report.html_figure import still
 from fedray.report.results import read_results
 from fedray.track.store import read_clients, read_rows
 
@@ -303,6 +304,15 @@ def test_what_failed_is_named_with_its_sentence_and_the_end_of_its_log(tmp_path)
     ):  # fmt: skip
         assert wanted in text, wanted
     assert "line 100" not in text
+
+
+def test_the_still_picture_ends_where_its_shortest_seed_ends(tmp_path):
+    for seed in (0, 1):
+        rows = write_one(tmp_path / str(seed), seed=seed, rounds=20) / "rounds.jsonl"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:5]))
+    _, page = write_page(tmp_path)
+    (line,) = still(page.charts)["lines"]
+    assert len(line["points"].split(" ")) == 5
 
 
 def test_a_folder_in_which_nothing_finished_still_makes_a_page_of_what_failed(tmp_path):

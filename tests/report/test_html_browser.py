@@ -141,6 +141,20 @@ def test_a_method_that_is_switched_off_leaves_the_charts_and_the_table_and_comes
     assert (lines_of(page), rows.count()) == (6, 6)
 
 
+def test_no_two_settings_have_the_same_line(opened, tmp_path):
+    for at in range(10):
+        for sparsity in (0.5, 0.8, 0.9)[: 3 if at < 2 else 1]:
+            write_one(tmp_path / f"{at}-{sparsity}", pruner=f"p{at}", sparsity=sparsity)
+    page = opened(write_page(tmp_path)[0])
+    if page.locator("[data-lines=every]").get_attribute("aria-pressed") == "false":
+        redrawn(page, page.locator("[data-lines=every]").click)
+    lines = page.locator("#chart-curves svg path[stroke-width='2.2']").evaluate_all(
+        "paths => paths.map(path => [path.getAttribute('stroke'), path.getAttribute('stroke-dasharray')].join(' '))"
+    )
+    assert len(lines) == 14
+    assert len(set(lines)) == 14
+
+
 @pytest.mark.full
 def test_bold_follows_what_is_shown(opened, grid):
     page = opened(grid)

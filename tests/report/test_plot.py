@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas
 import pytest
 
-from fedray.errors import ConfigError
+from fedray.errors import ConfigError, RunError
 from fedray.report.figures import _look, _marker, figure_of, style
 from fedray.report.plot import KINDS, Ask, axis_label, front, plot_command
 from fedray.report.results import grouped, read_results
@@ -236,6 +236,43 @@ def test_the_sidecar_names_every_run_it_was_made_from(sweep, plot):
     assert (first["label"], first["seed"], first["run_id"]) == ("feddst 0.5", 0, "feddst0.50")
 
 
+NAMED = {  # what each kind says that a run lacks, and the lines in which it lies
+    "accuracy-rounds": ("test/accuracy", "rounds.jsonl"),
+    "accuracy-mb": ("wire/total_bytes", "rounds.jsonl"),
+    "accuracy-sparsity": ("test/accuracy", "rounds.jsonl"),
+    "pareto": ("wire/total_bytes", "rounds.jsonl"),
+    "churn": ("prune/churn", "rounds.jsonl"),
+    "layers": ("sparsity of layers", "rounds.jsonl"),
+    "clients": ("test/accuracy of single clients", "clients.jsonl"),
+}
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_a_seed_that_is_not_drawn_is_named_and_not_among_what_a_figure_is_made_from(kind, make, tmp_path, plot, capsys):
+    for seed in (0, 1):
+        make("feddst", 0.5, seed, rounds=2)
+    what, file = NAMED[kind]
+    path = tmp_path / "feddst-0.5-1" / file
+    lost = "model/layer_sparsity/" if what == "sparsity of layers" else what.split(" ")[0]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [{name: None if name.startswith(lost) else value for name, value in line.items()} for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = plot("--kind", kind)[kind]
+    note = f"feddst-0.5-1 is not drawn: its {what} is not finite or missing."
+    assert found["notes"] == [note]
+    assert [one["seed"] for one in found["made_from"]] == [0]
+    assert [one["n"] for one in found["drawn"].get("curves", [])] in ([], [1])
+    assert f"- {note}" in capsys.readouterr().out
+
+
+def test_a_setting_without_the_metric_is_not_among_what_a_figure_is_made_from(make, plot):
+    make("feddst", 0.5, 0)
+    make("random", 0.5, 0, without=("prune/",))
+    found = plot("--kind", "churn")["churn"]
+    assert [one["label"] for one in found["made_from"]] == ["feddst"]
+    assert found["notes"] == ["random is not drawn: no prune/churn."]
+
+
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -380,6 +417,41 @@ def test_a_part_of_an_axis_can_be_shown(sweep, plot):
     assert (axes.get_xlim(), axes.get_ylim()) == ((0, 5), (0.5, 1))
 
 
+@pytest.mark.parametrize("kind", ["accuracy-rounds", "layers", "clients"])
+def test_a_dollar_in_a_setting_is_drawn_as_it_is(kind, make, tmp_path, plot):
+    for at, name in enumerate(("a$\\foo{$", "$x$")):
+        make("feddst", 0.5, 0, rounds=2, folder=tmp_path / str(at), note=name)
+    plot("--kind", kind)
+    with style():
+        words = [text for text, _ in texts_of(figure_of(KINDS[kind](ask_of(tmp_path)), "single"))]
+    assert any("a$\\foo{$" in text for text in words)
+
+
+@pytest.mark.parametrize("kind", ["accuracy-mb", "pareto"])
+@pytest.mark.parametrize(("high", "begins"), [(5.0, (0.1, 2.0)), (0.01, (0.001, 0.001))])
+def test_a_logarithmic_axis_that_is_asked_for_from_0_begins_where_the_curves_do(kind, high, begins, sweep, recwarn):
+    for low in (-1.0, 0.0):
+        with style():
+            figure = figure_of(KINDS[kind](ask_of(sweep, x_range=(low, high))), "single")
+            figure.canvas.draw()
+        (axes,) = figure.axes
+        assert axes.get_xscale() == "log"
+        left, right = axes.get_xlim()
+        assert begins[0] <= left <= begins[1]
+        assert right == high
+    assert [str(one.message) for one in recwarn] == []
+
+
+def test_a_logarithmic_axis_has_nothing_below_0(sweep, plot, capsys):
+    says = "--x is '-2,-1'; the axis is logarithmic, so its upper end must be above 0, as in --x 1,10"
+    for kind in ("accuracy-mb", "pareto"):
+        with pytest.raises(ConfigError) as refused:
+            plot("--kind", kind, "--x=-2,-1", folder=sweep)
+        assert str(refused.value) == says
+    assert set(plot("--kind", "accuracy-mb,churn", "--x=-2,-1", folder=sweep)) == {"churn"}
+    assert f"- accuracy-mb is left out: {says}." in capsys.readouterr().out
+
+
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -441,6 +513,25 @@ def test_a_folder_of_unfinished_runs_is_refused(report, tmp_path, plot):
     report.write(tmp_path / "a", down=[], up=[], rounds=1, status="failed")
     with pytest.raises(ConfigError, match=r"holds no finished run: .* is failed"):
         plot("--kind", "pareto")
+
+
+@pytest.mark.parametrize("place", ["file", "file/sub", "/proc/zz", "x" * 300])
+def test_a_folder_that_cannot_be_written_is_refused_in_a_sentence(place, sweep, tmp_path, plot):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / place
+    with pytest.raises(ConfigError) as refused:
+        plot("--kind", "churn", "--out", str(out), folder=sweep)
+    assert str(refused.value).startswith(f"--out is {str(out)!r}")
+    assert "name" in str(refused.value)
+
+
+def test_a_damaged_file_costs_only_the_kinds_that_read_it(make, plot, capsys):
+    (make("feddst", 0.5, 0, rounds=2) / "clients.jsonl").write_text('{"round": 1, "client"\n' * 9)
+    found = plot("--kind", "all")
+    assert set(found) == set(KINDS) - {"clients"}
+    assert "- clients is left out: " in capsys.readouterr().out
+    with pytest.raises(RunError):
+        plot("--kind", "clients")
 
 
 def test_a_missing_library_is_one_sentence(sweep, plot, monkeypatch):

@@ -104,20 +104,36 @@
     return groups.filter((group) => best.get(methodOf(group)) === group);
   }
 
-  // Colours belong to methods while charts have a line for each, and dashes tell the settings of a method apart.
+  // Colours belong to methods while charts have a line for each, and dashes tell the settings of a method apart. As
+  // long as there are enough pairs of both, no two settings have the same one.
   function looks(groups, palette) {
     const found = new Map();
-    const count = new Map();
+    const used = new Set();
+    const several = new Map(); // settings by the rank of their method
     const few = groups.length <= COLOURS * 2 && new Set(groups.map(methodOf)).size === 1;
     groups.forEach((group, at) => {
       const rank = few ? at : rankOf.get(methodOf(group));
-      const seen = count.get(rank) || 0;
-      count.set(rank, seen + 1);
-      found.set(group, {
-        colour: palette.lines[rank % COLOURS],
-        dash: DASHES[(Math.floor(rank / COLOURS) + seen) % DASHES.length],
-      });
+      several.set(rank, [...(several.get(rank) || []), group]);
     });
+    const take = (group, [colour, dash]) => {
+      used.add(`${colour} ${dash}`);
+      found.set(group, { colour: palette.lines[colour], dash: DASHES[dash] });
+    };
+    const free = ([colour, dash]) => !used.has(`${colour} ${dash}`);
+    const own = (rank, seen) => [rank % COLOURS, (Math.floor(rank / COLOURS) + seen) % DASHES.length];
+    const taken = new Set([...several.keys()].map((rank) => rank % COLOURS));
+    const choose = (rank, seen) => {
+      if (groups.length > COLOURS * DASHES.length) return own(rank, seen);
+      const colour = (more) => (rank + more) % COLOURS;
+      // Colours that no method has come before those of others.
+      const mine = [0], others = Array.from({ length: COLOURS - 1 }, (_, at) => at + 1);
+      const nobodys = others.filter((more) => !taken.has(colour(more)));
+      const pairs = [...mine, ...nobodys, ...others].flatMap((more) => DASHES.map((_, at) => [colour(more), own(rank, seen + at)[1]]));
+      return pairs.find(free) || own(rank, seen);
+    };
+    // The first setting of each method comes first: it looks as the method's button does.
+    for (const [rank, [first]] of several) take(first, choose(rank, 0));
+    for (const [rank, [, ...rest]] of several) rest.forEach((group, at) => take(group, choose(rank, at + 1)));
     return found;
   }
 
