@@ -22,6 +22,7 @@ DOORS: dict[str, set[str]] = {
     "errors": set(),
     "tree": set(),
     "keys": set(),
+    "metrics": set(),
     "sums": {"tree"},
     "prune": {"tree", "keys"},
     "privacy": {"tree", "keys"},
@@ -36,10 +37,10 @@ DOORS: dict[str, set[str]] = {
     "models": {"tree", "keys", "round", "prune"},
     "train": {"round", "tree", "keys", "models", "prune"},
     "data": {"keys"},
-    "sim": KERNELS | {"privacy", "round", "wire", "models", "train", "data"},
+    "sim": KERNELS | {"privacy", "round", "wire", "models", "train", "data", "metrics"},
     "track": set(),
     # Re-pricing in time runs the driver's own model of it.
-    "report": {"track", "costs", "keys"},
+    "report": {"track", "costs", "keys", "metrics"},
 }
 DOORS["config"] = set(DOORS) | {"sim"}
 # Checks of a pruner run it in a tiny federation, from a yaml that `config` turns into a policy.

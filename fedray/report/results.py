@@ -13,10 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from fedray import metrics
 from fedray.errors import ConfigError, FedrayError, RunError
 from fedray.report.runs import manifest_of, natural, sentence, shown
 from fedray.report.settings import Settings, cell, differing, order, settings_of, short
-from fedray.sim import goals
 from fedray.track.store import CONFIG_FILE, MANIFEST_FILE, ROUNDS_FILE, Row, read_clients, read_rows
 
 When = Literal["final", "best", "target"]
@@ -298,7 +298,7 @@ def rises(metric: str) -> bool:
     if metric.endswith("ratio"):
         return True
     spent = metric.startswith(_SPENT) or metric.rpartition("/")[2].endswith(_SPENT_ENDS)
-    return not spent and goals.rises(metric)
+    return not spent and metrics.rises(metric)
 
 
 def finite(value: Any) -> float | None:

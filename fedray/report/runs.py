@@ -38,8 +38,7 @@ def manifest_of(run: Path) -> dict[str, Any]:
     choices, data = manifest.get("choices", {}), manifest.get("data", {"digest": ""})
     if not isinstance(choices, Mapping) or not isinstance(data, Mapping) or "digest" not in data:
         raise ConfigError(
-            f"'{run / MANIFEST_FILE}' has choices or data as no run writes them; restore it from a copy, or "
-            "run again"
+            f"'{run / MANIFEST_FILE}' has choices or data as no run writes them; restore it from a copy, or run again"
         )
     return manifest
 

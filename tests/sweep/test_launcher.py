@@ -142,11 +142,19 @@ def test_cells_run_once_with_the_bits_of_single_runs_and_a_repeated_command_star
     assert len(set(pids)) == len(pids) == 4  # without leases every run has a process of its own
 
 
-def test_every_way_to_fail_is_one_row_and_the_others_finish(tmp_path: Path, session: str, bad: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("modes", "seeds"),
+    [
+        (["raise", "exit", "memory", "fine"], [0]),
+        pytest.param(["raise", "exit", "exit_driver", "kill_driver", "memory", "fine"], [0, 1], marks=pytest.mark.full),
+    ],
+)
+def test_every_way_to_fail_is_one_row_and_the_others_finish(
+    modes: list[str], seeds: list[int], tmp_path: Path, session: str, bad: tuple[str, ...]
+) -> None:
     folder = tmp_path / "sweep"
-    modes = ["raise", "exit", "exit_driver", "kill_driver", "memory", "fine"]
     command = [*bad_modes(*modes), "runtime.memory_gb=1", "checkpoint.every=1", f"hydra.sweep.dir={folder}"]
-    command += ["seed=0,1", "hydra.launcher.max_parallel=2"]
+    command += [f"seed={','.join(map(str, seeds))}", "hydra.launcher.max_parallel=2"]
     code, out, err = sweep(tmp_path, session, *command, options=bad)
     assert code == 1, err
     assert "Traceback" not in err
@@ -154,8 +162,8 @@ def test_every_way_to_fail_is_one_row_and_the_others_finish(tmp_path: Path, sess
     for run in runs(folder).values():
         manifest = read_manifest(run)
         by_mode.setdefault(manifest["config"]["correction"]["bad"]["mode"], []).append((run, manifest))
-    assert {mode: len(found) for mode, found in by_mode.items()} == dict.fromkeys(modes, 2)
-    assert [manifest["status"] for _, manifest in by_mode["fine"]] == ["finished", "finished"]
+    assert {mode: len(found) for mode, found in by_mode.items()} == dict.fromkeys(modes, len(seeds))
+    assert [manifest["status"] for _, manifest in by_mode["fine"]] == ["finished"] * len(seeds)
     said = {
         "raise": "no luck",
         "exit": "lost its actor 3 times",
@@ -163,6 +171,7 @@ def test_every_way_to_fail_is_one_row_and_the_others_finish(tmp_path: Path, sess
         "kill_driver": "the driver's process died",
         "memory": "runtime.memory_gb gives each process of a run 1.0 GB",
     }
+    said = {mode: sentence for mode, sentence in said.items() if mode in modes}
     for mode, sentence in said.items():
         for run, manifest in by_mode[mode]:
             assert manifest["status"] == "failed", mode
@@ -175,7 +184,11 @@ def test_every_way_to_fail_is_one_row_and_the_others_finish(tmp_path: Path, sess
             assert len(read_rows(run)) == (0 if "driver" in mode else 1), mode
     assert "ValueError: no luck" in (by_mode["raise"][0][0] / "log.txt").read_text()
     assert "Traceback" in (by_mode["raise"][0][0] / "log.txt").read_text()
-    assert err.strip().splitlines()[-1].startswith("fedray: 10 of 12 runs failed")
+    assert (
+        err.strip()
+        .splitlines()[-1]
+        .startswith(f"fedray: {len(said) * len(seeds)} of {len(modes) * len(seeds)} runs failed")
+    )
     rows = {row["folder"]: row for row in cells(folder)}
     assert {row["status"] for row in rows.values()} == {"done", "failed"}
     assert all(row["error"] == read_manifest(folder / name).get("error") for name, row in rows.items())
@@ -202,10 +215,10 @@ def test_every_way_to_fail_is_one_row_and_the_others_finish(tmp_path: Path, sess
     (tmp_path / "mine" / "bad.py").write_text(BAD.replace("ctx.round >= self.at", "False"))
     code, out, err = sweep(tmp_path, session, *command, options=bad)
     assert code == 0, err
-    assert "2 cells finished before" in out
+    assert f"{len(seeds)} cell{'s' if len(seeds) > 1 else ''} finished before" in out
     assert set(statuses(folder).values()) == {"finished"}
     digest = {tuple(read_digests(run)) for found in by_mode.values() for run, _ in found}
-    assert len(digest) == 2  # one for each seed
+    assert len(digest) == len(seeds)
 
 
 def reported(command: str, folder: Path, *options: str | Path) -> str:
